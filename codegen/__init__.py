@@ -1,0 +1,1 @@
+"""Turns fused groups into readable Triton source, and says what they cost."""

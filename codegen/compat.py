@@ -1,0 +1,190 @@
+"""Differences between versions of torch and Triton: the one place that knows them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# --- Triton: compiling for a target that is not here ---------------------------------------------------------------
+
+
+def is_interpreted(kernel_fn: Any) -> bool:
+    """Whether a kernel was decorated under TRITON_INTERPRET=1."""
+    return type(kernel_fn).__name__ == "InterpretedFunction"
+
+
+def compile_kernel(
+    kernel_fn: Any,
+    types: dict[str, str],
+    constexprs: dict[str, Any],
+    aligned: list[str],
+    target: tuple[str, int | str, int],
+    num_warps: int,
+    num_stages: int,
+) -> Any:
+    """Triton's CompiledKernel for `target` (backend, architecture, warp size); nothing is loaded onto a device."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    attributes = {(kernel_fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel_fn, types, constexprs=constexprs, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def sm_name(arch: int) -> str:
+    """`--gpu-name` for ptxas; from Hopper on Triton emits the architecture-specific instructions of the `a` variant."""
+    return f"sm_{arch}{'a' if arch >= 90 else ''}"
+
+
+def ptxas_path(arch: int) -> str:
+    """The ptxas that ships with Triton; Blackwell has one of its own where the wheel brings two."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    blackwell = folder / "ptxas-blackwell"
+    chosen = blackwell if arch >= 100 and blackwell.exists() else folder / "ptxas"
+    if not chosen.exists():
+        raise FileNotFoundError(f"no ptxas beside Triton in {folder}; this Triton was built without it")
+    return str(chosen)
+
+
+# --- torch ---------------------------------------------------------------------------------------------------------
+
+OLDEST_TORCH = (2, 11)
+NEWEST_TORCH = (2, 15)
+
+
+def torch_version() -> tuple[int, int]:
+    """(major, minor) of the running torch."""
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def annotate(entries: dict[str, str]) -> Any:
+    """Context manager that writes `entries` into ``node.meta["custom"]`` of every node traced inside."""
+    from torch.fx.traceback import annotate as torch_annotate
+
+    return torch_annotate(entries)
+
+
+def inductor_modes() -> list[str]:
+    """Names of the standard modes."""
+    from torch._inductor import list_mode_options
+
+    return list(list_mode_options())
+
+
+def compile_with_inductor(graph_module: Any, example_inputs: Any, mode: str | None, patches: dict[str, Any]) -> Any:
+    """Inductor on a Dynamo-level graph, as ``backend="inductor"`` with that mode calls it, plus `patches`.
+
+    AOTAutograd, decompositions, lowering, its caches and training come with it (``compile_fx`` underneath).
+    """
+    import torch
+
+    return torch._TorchCompileInductorWrapper(mode, patches or None, None)(graph_module, example_inputs)
+
+
+def compile_id() -> str:
+    """Dynamo's name of the compilation in progress, such as ``0/1``; ``-`` outside of one."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return str(current) if current is not None else "-"
+
+
+def trace_artifact(name: str, payload: Any) -> None:
+    """Attach a JSON artifact to TORCH_TRACE; tlparse lists it. Costs nothing when tracing is off."""
+    import json
+
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "json"},
+        payload_fn=lambda: json.dumps(payload() if callable(payload) else payload),
+    )
+
+
+def on_generate_of_wrapped_model(notice: Any) -> None:
+    """Call ``notice(model, backend_name)`` when ``.generate`` is taken from a ``torch.compile`` wrapper.
+
+    ``OptimizedModule.__getattr__`` hands out the wrapped model's own bound ``generate``, which never enters Dynamo,
+    and no code of a backend runs. There is no hook to learn of it, so this one lookup is extended.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    lookup = OptimizedModule.__getattr__
+    if getattr(lookup, "_fxopt_notice", None) is not None:
+        return
+
+    def __getattr__(self: Any, name: str) -> Any:
+        value = lookup(self, name)
+        if name == "generate":
+            backend = innermost_backend(self.dynamo_ctx.callback)
+            notice(self._orig_mod, getattr(backend, "compiler_name", ""))
+        return value
+
+    __getattr__._fxopt_notice = notice  # type: ignore[attr-defined]
+    OptimizedModule.__getattr__ = __getattr__
+
+
+def constexpr_defaults(kernel_fn: Any) -> dict[str, Any]:
+    """Compile-time parameters of a jit function that carry a default, with it."""
+    return {p.name: p.default for p in kernel_fn.params if p.is_constexpr and p.has_default}
+
+
+@contextlib.contextmanager
+def tracing_on_fake_tensors(model: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """The arguments as fake tensors, while parameters and buffers of `model` are fake too; both put back at the end."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.utils import _pytree as pytree
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return value
+        made = mode.from_tensor(value, static_shapes=True)
+        return torch.nn.Parameter(made, requires_grad=value.requires_grad) if isinstance(value, torch.nn.Parameter) else made
+
+    memo: dict[int, Any] = {}
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, value in table.items():
+                if value is not None:
+                    kept.append((table, name, value))
+                    table[name] = memo.setdefault(id(value), None) or memo.__setitem__(id(value), fake(value)) or memo[id(value)]
+    try:
+        with mode:
+            yield pytree.tree_map(fake, args), pytree.tree_map(fake, kwargs)
+    finally:
+        for table, name, value in kept:
+            table[name] = value
+
+
+def capture(backend: Any, model: Any, args: Any, kwargs: Any) -> None:
+    """Run `model` once under Dynamo with `backend`, forgetting the compiled code afterwards."""
+    import torch
+
+    torch._dynamo.reset()
+    try:
+        torch.compile(type(model).__call__, backend=backend)(model, *args, **kwargs)
+    finally:
+        torch._dynamo.reset()
+
+
+def triton_version() -> str:
+    """Triton's version, or `"none"` where it is not installed."""
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__

@@ -1,0 +1,346 @@
+"""Which kernel multiplies M rows with [N, K]: GEMV for M < M1, flat GEMM for M1 <= M < M2, the library above.
+
+FlashDecoding++ (arXiv 2311.01282, section 5) measures the inflection points M1 and M2 once per GPU and [N, K]. Tables
+of them are a device cache: they hold for one GPU, one torch, one Triton and one dtype. Without a table a roofline model
+decides, which knows the device's peaks but not how good its library is.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fxopt.codegen import compat, roofline
+from fxopt.codegen.kernels.epilogue import Epilogue, Extra, Output, Step, dtype_name
+from fxopt.codegen.kernels.gemm import MAX_ROWS, Config, Family, FusedLinear, configure, shared_bytes
+from fxopt.codegen.kernels.gemm_launch import run
+from fxopt.codegen.source import cache_folder, write_atomically
+
+Choice = Literal["gemv", "flat", "library"]
+TorchDevice = torch.device
+MEASURED_ROWS = (1, 2, 3, 4, 8, 16, 32, 64)
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """GEMV for M < m1, flat GEMM for m1 <= M < m2, the library from m2 on; 1 <= m1 <= m2."""
+
+    m1: int
+    m2: int
+
+    def choose(self, m: int) -> Choice:
+        """The kernel for m rows."""
+        return "gemv" if m < self.m1 else "flat" if m < self.m2 else "library"
+
+
+def thresholds_from_times(times: Mapping[Choice, Mapping[int, float]]) -> Thresholds:
+    """M1 and M2 from measured seconds by kernel and M.
+
+    M1 is the first measured M where GEMV is not the fastest, M2 the first from there where flat GEMM is not: at each M
+    below them the chosen kernel won, and nothing is promised between two measured points.
+    """
+    rows = sorted(times["library"])
+    fastest = {m: min((k for k in times if m in times[k]), key=lambda k: times[k][m]) for m in rows}
+    m1 = next((m for m in rows if fastest[m] != "gemv"), rows[-1] + 1)
+    m2 = next((m for m in rows if m >= m1 and fastest[m] != "flat"), max(m1, rows[-1] + 1))
+    return Thresholds(m1, m2)
+
+
+def model_thresholds(n: int, k: int, dtype: str, device: roofline.Device, max_m: int = MAX_ROWS) -> Thresholds:
+    """What a roofline says: GEMV while its arithmetic hides behind the weights, flat while its padded products do."""
+    size = getattr(torch, dtype).itemsize
+    memory = size / device.bandwidth
+    # Per weight: one conversion, and for each row one multiply-add and its share of loading x; half the vector rate is
+    # left to address arithmetic. With this the A100 gets the M1 = 2 that the paper measured.
+    vector = 2 / device.peak("float32")
+    m1 = next((m for m in range(1, 5) if (1 + 2 * m) * vector > memory / 2), 5)
+    rate = device.peak(dtype) * (0.5 if dtype == "float32" else 1.0)
+    fits = [rows for rows in (16, 32, 64) if 2 * rows / rate <= memory]
+    m2 = min(fits[-1] if fits else 0, max_m) + 1
+    m1 = min(m1, max_m + 1)
+    return Thresholds(m1, max(m1, m2))
+
+
+@dataclass(frozen=True)
+class TableKey:
+    """What a measured table holds for."""
+
+    gpu: str
+    torch: str
+    triton: str
+    dtype: str
+
+    @staticmethod
+    def current(dtype: str, device: TorchDevice | None = None) -> TableKey:
+        """The key of this machine; a CPU is called by its architecture."""
+        on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
+        gpu = torch.cuda.get_device_name(device) if on_gpu else f"CPU {platform.machine()}"
+        return TableKey(gpu, torch.__version__.split("+")[0], compat.triton_version(), dtype)
+
+    @property
+    def file_name(self) -> str:
+        """`nvidia-h200-bfloat16.json`: one file a GPU and dtype, so that other GPUs' tables are never opened."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.gpu} {self.dtype}".lower()).strip("-") + ".json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured [N, K]: thresholds, the best configuration by family and row bucket, seconds by kernel and M."""
+
+    thresholds: Thresholds
+    configs: Mapping[str, Config] = field(default_factory=dict)
+    times: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Table:
+    """Measured entries by (N, K) for one key."""
+
+    key: TableKey
+    entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
+
+    def save(self, path: Path) -> bool:
+        """Writes JSON atomically; False, with a warning, where the folder cannot be written."""
+        entries = {f"{n},{k}": asdict(entry) for (n, k), entry in sorted(self.entries.items())}
+        text = json.dumps({"schema": SCHEMA, "key": asdict(self.key), "entries": entries}, indent=1)
+        try:
+            write_atomically(path, text + "\n")
+        except OSError as problem:
+            warnings.warn(f"fxopt keeps its measured table in memory only, {path} cannot be written: {problem}")
+            return False
+        return True
+
+    @staticmethod
+    def load(path: Path) -> Table:
+        """Reads a table; raises ValueError when the file is no table of this schema, OSError when it cannot be read."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["schema"] != SCHEMA:
+                raise ValueError(f"schema {data['schema']}, this fxopt reads {SCHEMA}")
+            table = Table(TableKey(**data["key"]))
+            for name, entry in data["entries"].items():
+                n, k = map(int, name.split(","))
+                table.entries[n, k] = Entry(
+                    Thresholds(**entry["thresholds"]),
+                    {where: Config(**config) for where, config in entry["configs"].items()},
+                    {kind: {int(m): t for m, t in row.items()} for kind, row in entry["times"].items()},
+                )
+        except (KeyError, TypeError, AttributeError) as problem:
+            raise ValueError(f"{path} is not a dataflow table: {problem!r}") from problem
+        return table
+
+
+def find_table(key: TableKey, path: Path | str | None = None) -> Table | None:
+    """The table for `key`: at `path` (a file or a folder), else in the cache, else among those that ship.
+
+    A file for another GPU, version or dtype, or one that cannot be read, is ignored with one warning.
+    """
+    if path is not None:
+        given = Path(path)
+        places = [given / key.file_name if given.is_dir() else given]
+    else:
+        places = [cache_folder() / "tables" / key.file_name, Path(__file__).parent / "tables" / key.file_name]
+    for place in places:
+        if not place.exists():
+            continue
+        try:
+            table = Table.load(place)
+        except (OSError, ValueError) as problem:
+            warnings.warn(f"fxopt ignores the table {place}: {problem}")
+            continue
+        if table.key == key:
+            return table
+        pairs = zip(asdict(table.key).items(), asdict(key).values(), strict=True)
+        differs = ", ".join(f"{name} {theirs} instead of {ours}" for (name, theirs), ours in pairs if theirs != ours)
+        warnings.warn(f"fxopt ignores the table {place}: it was measured with {differs}; run `fxopt tune` to measure")
+    if path is not None and not places[0].exists():
+        warnings.warn(f"fxopt finds no table at {places[0]}; the roofline model decides")
+    return None
+
+
+class Dataflow:
+    """Decisions for one device and dtype: a measured table where there is one, the roofline model elsewhere."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype | str,
+        device: torch.device | None = None,
+        path: Path | str | None = None,
+        max_m: int = MAX_ROWS,
+        model: roofline.Device | None = None,
+    ) -> None:
+        """path is a table or a folder of tables; `model` replaces the device the roofline is computed for."""
+        self.dtype = dtype if isinstance(dtype, str) else dtype_name(dtype)
+        self.max_m = max_m
+        self.model = model or roofline.current_device(device)
+        self.table = find_table(TableKey.current(self.dtype, device), path)
+
+    def measured(self, n: int, k: int) -> bool:
+        """Whether [n, k] was measured on this device."""
+        return self.table is not None and (n, k) in self.table.entries
+
+    def thresholds(self, n: int, k: int) -> Thresholds:
+        """M1 and M2 of [n, k]; n is the sum of the widths of a group."""
+        if self.table is not None and (n, k) in self.table.entries:
+            found = self.table.entries[n, k].thresholds
+            return Thresholds(min(found.m1, self.max_m + 1), min(found.m2, self.max_m + 1))
+        return model_thresholds(n, k, self.dtype, self.model, self.max_m)
+
+    def choose(self, m: int, n: int, k: int) -> Choice:
+        """The kernel for m rows of [n, k]."""
+        return self.thresholds(n, k).choose(m)
+
+    def config(self, fused: FusedLinear, m: int) -> Config | None:
+        """The configuration for m rows of a group, None where the library is chosen."""
+        n = sum(fused.widths)
+        family = self.choose(m, n, fused.depth)
+        if family == "library":
+            return None
+        default = configure(fused, m, family, self.model)
+        if self.table is None or (n, fused.depth) not in self.table.entries:
+            return default
+        found = self.table.entries[n, fused.depth].configs.get(_place(default), default)
+        # Tables are measured with one weight; a group that holds two needs more shared memory for the same blocks.
+        return found if shared_bytes(fused, found) <= self.model.shared_bytes else default
+
+
+def _place(config: Config) -> str:
+    return f"{config.family}-{config.block_m}"
+
+
+def residual_group(n: int, k: int, dtype: str) -> FusedLinear:
+    """The group that tables are measured with: one linear and a residual add, [N, K]."""
+    epilogue = Epilogue(
+        1, (Output("s0", dtype),), (Step("s0", "add", ("p0", "e0"), "residual"),), (Extra("e0", "full", dtype),)
+    )
+    return FusedLinear(dtype, k, (n,), epilogue)
+
+
+def candidates(fused: FusedLinear, m: int, family: Family, device: roofline.Device) -> list[Config]:
+    """Configurations worth timing; splits stay what they are, since they must not depend on M."""
+    base = configure(fused, m, family, device)
+    if family == "gemv":
+        return [
+            replace(base, stages=s, block_n=b) for s in (1, 2, 3) for b in {base.block_n, max(1, base.block_n // 2)}
+        ]
+    found = []
+    for block_n in (32, 64, 128):
+        for stages in (2, 3, 4, 5):
+            config = replace(base, block_n=block_n, stages=stages, swap=base.swap and block_n >= 64)
+            if shared_bytes(fused, config) <= device.shared_bytes:
+                found.append(config)
+    return found
+
+
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def cold_timer(device: torch.device, cache_bytes: int, repeats: int = 20) -> Timer:
+    """A timer on CUDA events that empties the last cache before every call: median seconds of one call."""
+    flush = torch.empty(max(2 * cache_bytes, 64 << 20), dtype=torch.int8, device=device)
+
+    def timer(action: Callable[[], Any]) -> float:
+        action()
+        seconds = []
+        for _ in range(repeats):
+            flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            action()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) * 1e-3)
+        return statistics.median(seconds)
+
+    return timer
+
+
+def _library(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight) + residual
+
+
+def measure_entry(
+    n: int, k: int, dtype: str, device: torch.device, model: roofline.Device, timer: Timer, rows: Sequence[int]
+) -> Entry:
+    """Times one [n, k] with a residual add: every family and candidate, and the library, at each number of rows."""
+    fused, kind = residual_group(n, k, dtype), getattr(torch, dtype)
+    weight = torch.randn(n, k, dtype=kind, device=device)
+    times: dict[Choice, dict[int, float]] = {"gemv": {}, "flat": {}, "library": {}}
+    best: dict[str, tuple[float, Config]] = {}
+    for m in rows:
+        x = torch.randn(m, k, dtype=kind, device=device)
+        residual = torch.randn(m, n, dtype=kind, device=device)
+        times["library"][m] = timer(functools.partial(_library, x, weight, residual))
+        families: tuple[Family, ...] = ("gemv", "flat") if m <= 8 else ("flat",)
+        for family in families:
+            for config in candidates(fused, m, family, model):
+                seconds = timer(functools.partial(run, fused, x, [weight], [residual], config))
+                times[family][m] = min(seconds, times[family].get(m, seconds))
+                place = _place(config)
+                if place not in best or seconds < best[place][0]:
+                    best[place] = (seconds, config)
+    configs = {place: config for place, (_, config) in best.items()}
+    return Entry(thresholds_from_times(times), configs, {kind: times[kind] for kind in times})
+
+
+def measure_table(
+    shapes: Iterable[tuple[int, int]],
+    dtype: torch.dtype = torch.bfloat16,
+    path: Path | None = None,
+    device: torch.device | None = None,
+    progress: Callable[[str], None] | None = None,
+    seed: int = 0,
+    rows: Sequence[int] = MEASURED_ROWS,
+) -> Table:
+    """Measures M1, M2 and configurations for (N, K) shapes, with a cold L2 and the epilogue; minutes per model.
+
+    Writes the table after every shape, so that an interrupted run resumes where it stopped; progress is called with
+    one line a shape.
+
+    Raises:
+        RuntimeError: without a CUDA or ROCm device.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "measuring a dataflow table needs a CUDA or ROCm GPU; without one the roofline model decides"
+        )
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    key = TableKey.current(dtype_name(dtype), device)
+    place = path or cache_folder() / "tables" / key.file_name
+    model = roofline.current_device(device)
+    timer = cold_timer(device, model.cache_bytes)
+    return _measure_all(list(shapes), key, place, model, timer, progress, seed, rows, device)
+
+
+def _measure_all(
+    shapes: Sequence[tuple[int, int]],
+    key: TableKey,
+    place: Path,
+    model: roofline.Device,
+    timer: Timer,
+    progress: Callable[[str], None] | None,
+    seed: int,
+    rows: Sequence[int],
+    device: torch.device,
+) -> Table:
+    table = (find_table(key, place) if place.exists() else None) or Table(key)
+    torch.manual_seed(seed)
+    for index, (n, k) in enumerate(shapes):
+        if (n, k) not in table.entries:
+            table.entries[n, k] = measure_entry(n, k, key.dtype, device, model, timer, rows)
+            table.save(place)
+        if progress is not None:
+            found = table.entries[n, k].thresholds
+            progress(f"[{index + 1}/{len(shapes)}] [{n}, {k}] {key.dtype}: M1 = {found.m1}, M2 = {found.m2}")
+    return table

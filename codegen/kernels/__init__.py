@@ -1,0 +1,11 @@
+"""Generators of Triton source, one family of kernels a file."""
+
+from __future__ import annotations
+
+
+class Unsupported(Exception):
+    """A group that no generator can write; the message is the reason, ready for a remark. The graph stays as it is."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

@@ -1,0 +1,181 @@
+"""Builds and launches the kernels of fused linears, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxopt.codegen import compat, roofline
+from fxopt.codegen.kernels import Unsupported, gemm_source
+from fxopt.codegen.kernels.gemm import Config, FusedLinear, configure
+from fxopt.codegen.source import load_kernel, write_source
+from fxopt.codegen.targets import CompiledInfo, cross_compile
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A generated module: `main` multiplies; `reduce`, with splits only, adds partial sums and ends the group."""
+
+    path: Path
+    writer: gemm_source.Writer
+    main: Any
+    reduce: Any
+
+
+@functools.lru_cache(maxsize=4096)
+def build(fused: FusedLinear, config: Config, origin: str = "") -> Kernel:
+    """Generates, writes and imports the kernel of a group.
+
+    origin says where the group stands (graph nodes, module paths) and appears in the file's header only.
+    """
+    writer = gemm_source.Writer(fused, config)
+    path = write_source(
+        "gemv" if config.family == "gemv" else "flat_gemm",
+        writer.module(),
+        gemm_source.header(fused, config, origin),
+    )
+    main = load_kernel(path, "gemv" if config.family == "gemv" else "flat_gemm")
+    return Kernel(path, writer, main, load_kernel(path, "reduce_splits") if config.splits > 1 else None)
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to run kernels on the CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _check(
+    fused: FusedLinear, x: torch.Tensor, weights: Sequence[torch.Tensor], extras: Sequence[torch.Tensor]
+) -> None:
+    if x.device.type != "cuda" and not interpreted():
+        raise Unsupported(f"x is on {x.device.type}; kernels run on a GPU, or anywhere under TRITON_INTERPRET=1")
+    if len(weights) != len(fused.widths) or len(extras) != len(fused.extras):
+        raise Unsupported(
+            f"{len(weights)} weights, {len(extras)} extras for a group of {len(fused.widths)} and {len(fused.extras)}"
+        )
+    if x.shape[-1] != fused.depth:
+        raise Unsupported(f"x is {list(x.shape)}; its last dimension should be {fused.depth}")
+    wanted = getattr(torch, fused.dtype)
+    for width, weight in zip(fused.widths, weights, strict=True):
+        if tuple(weight.shape) != (width, fused.depth):
+            raise Unsupported(f"a weight is {list(weight.shape)}; it should be [{width}, {fused.depth}]")
+        if weight.stride(-1) != 1 and fused.depth > 1:
+            raise Unsupported(f"a weight has stride {weight.stride(-1)} along K; kernels read rows that lie together")
+    for tensor in (x, *weights):
+        if tensor.dtype is not wanted:
+            raise Unsupported(f"mixed dtypes: {tensor.dtype} in a group of {fused.dtype}")
+    for kind, tensor in zip(fused.extras, extras, strict=True):
+        if tensor.dtype is not getattr(torch, kind.dtype):
+            raise Unsupported(f"{kind.name} is {tensor.dtype}; the group was described with {kind.dtype}")
+    for tensor in (*weights, *extras):
+        if tensor.device != x.device:
+            raise Unsupported(f"x is on {x.device}, another operand on {tensor.device}")
+
+
+def _arguments(fused: FusedLinear, rows: int, extras: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Tensors and strides of the extras by parameter name; only `[M, N]` ones may be copied, and only when strided."""
+    found: dict[str, Any] = {}
+    for kind, tensor in zip(fused.extras, extras, strict=True):
+        if kind.layout == "full":
+            flat = tensor.reshape(rows, -1)
+            flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+            found[kind.name], found[f"{kind.name}_stride"] = flat, flat.stride(0)
+        else:
+            found[kind.name] = tensor.reshape(-1).contiguous()
+    return found
+
+
+def run(
+    fused: FusedLinear,
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    extras: Sequence[torch.Tensor] = (),
+    config: Config | None = None,
+    origin: str = "",
+) -> list[torch.Tensor]:
+    """Runs a group: x [..., K], weights [N_i, K], extras as `fused.extras` lists them, to outputs [..., N].
+
+    Weights may be slices (any row stride) and are never copied. Without a configuration the dataflow's default decides.
+    Nothing synchronises with the host: the number of rows is a shape.
+
+    Raises:
+        Unsupported: operands that do not fit the description.
+    """
+    _check(fused, x, weights, extras)
+    flat = x.reshape(-1, fused.depth)
+    flat = flat if flat.stride(-1) == 1 or fused.depth == 1 else flat.contiguous()
+    rows = flat.shape[0]
+    outputs = [
+        torch.empty(rows, width, dtype=getattr(torch, output.dtype), device=x.device)
+        for width, output in zip(fused.output_widths, fused.epilogue.outputs, strict=True)
+    ]
+    if rows:
+        if config is None:
+            config = configure(fused, rows, "gemv" if rows <= 2 else "flat", roofline.current_device(x.device))
+        _launch(build(fused, config, origin), flat, weights, _arguments(fused, rows, extras), outputs)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def _launch(
+    kernel: Kernel,
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    extras: dict[str, Any],
+    outputs: Sequence[torch.Tensor],
+) -> None:
+    writer, config, rows = kernel.writer, kernel.writer.config, x.shape[0]
+    values: dict[str, Any] = {"x": x, "x_stride": x.stride(0), "M": rows, **extras}
+    for index, weight in enumerate(weights):
+        values |= {f"w{index}": weight, f"w{index}_stride": weight.stride(0)}
+    values |= {f"out{index}": output for index, output in enumerate(outputs)}
+    grid: tuple[int, ...] = (writer.programs(), math.ceil(rows / config.block_m))
+    if kernel.reduce is not None:
+        splits = writer.splits()
+        values["partials"] = torch.empty(splits, rows, sum(writer.fused.widths), dtype=torch.float32, device=x.device)
+        values["squares"] = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
+        grid = (*grid, splits)
+    main = [values[name] for name in writer.main_parameters()]
+    kernel.main[grid](*main, **writer.constants(), num_warps=config.warps, num_stages=config.stages)
+    if kernel.reduce is not None:
+        grid = (writer.programs(), math.ceil(rows / gemm_source.REDUCE_ROWS))
+        kernel.reduce[grid](*(values[name] for name in writer.reduce_parameters()), num_warps=4)
+
+
+_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "bool": "*i1"}
+
+
+def compile_for(fused: FusedLinear, config: Config, target: str) -> dict[str, CompiledInfo]:
+    """Compiles a group's kernels for a target without a GPU: `{"flat_gemm": ..., "reduce_splits": ...}`.
+
+    Pointers and strides count as multiples of 16 bytes where the launcher would find them so for contiguous operands.
+    """
+    kernel = build(fused, config)
+    types = {"x": _POINTERS[fused.dtype], "M": "i32", "x_stride": "i32", "partials": "*fp32", "squares": "*fp32"}
+    types |= {kind.name: _POINTERS[kind.dtype] for kind in fused.extras}
+    types |= {f"{kind.name}_stride": "i32" for kind in fused.extras if kind.layout == "full"}
+    for index in range(len(fused.widths)):
+        types |= {f"w{index}": _POINTERS[fused.dtype], f"w{index}_stride": "i32"}
+    types |= {f"out{i}": _POINTERS[output.dtype] for i, output in enumerate(fused.epilogue.outputs)}
+    aligned = {name for name, kind in types.items() if kind.startswith("*")}
+    if fused.depth % 16 == 0:
+        aligned |= {"x_stride", *(f"w{index}_stride" for index in range(len(fused.widths)))}
+    if all(width % 16 == 0 for width in fused.widths):
+        aligned |= {name for name in types if name.startswith("e") and name.endswith("_stride")}
+    found = {}
+    for jit, parameters, constants in (
+        (kernel.main, kernel.writer.main_parameters(), kernel.writer.constants()),
+        (kernel.reduce, kernel.writer.reduce_parameters(), None),
+    ):
+        if jit is not None:
+            defaults = constants or compat.constexpr_defaults(jit)
+            signature = {name: types[name] for name in parameters}
+            found[jit.__name__] = cross_compile(
+                jit, signature, defaults, target, config.warps, config.stages, aligned & set(parameters)
+            )
+    return found

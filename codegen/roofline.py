@@ -1,0 +1,198 @@
+"""What an operation must compute and move, as sympy expressions, and how long a device needs for that at least.
+
+Letters: B batch, S sequence length, L filled cache length, M rows (B * S), N output width, K depth, H query heads,
+G key-value heads, D head dimension. Bytes count every operand once, which is what DRAM sees of a kernel that reads
+nothing twice past the caches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+B, S, L, M, N, K, H, G, D = sympy.symbols("B S L M N K H G D", positive=True, integer=True)
+BLOCK_N = sympy.Symbol("BLOCK_N", positive=True, integer=True)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations (a multiply-add counts two) and bytes moved, as expressions."""
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def at(self, **sizes: float) -> tuple[float, float]:
+        """Numbers for given letters, `cost.at(M=1, N=4096, K=4096)`; raises KeyError naming a letter left open."""
+        values = {letter: sizes[letter.name] for letter in self.flops.free_symbols | self.bytes.free_symbols}
+        return float(self.flops.subs(values)), float(self.bytes.subs(values))
+
+
+def linear(size: int, biased: bool = False) -> Cost:
+    """`[M, K] @ [N, K].T`, elements of `size` bytes."""
+    extra = N if biased else sympy.Integer(0)
+    return Cost(2 * M * N * K + M * extra, size * (N * K + M * K + M * N + extra))
+
+
+def fused_linear(fused: Any, size: int | None = None) -> Cost:
+    """A `kernels.gemm.FusedLinear` as an expression in M: every weight, x, extra and output once.
+
+    Args:
+        fused: the group.
+        size: bytes of an element of x and the weights; None takes it from the group's dtype.
+    """
+    size = getattr(torch, fused.dtype).itemsize if size is None else size
+    total = sum(fused.widths)
+    flops, moved = 2 * M * total * fused.depth, size * (total * fused.depth + M * fused.depth)
+    if fused.norm is not None:
+        flops += norm(size, fused.norm.kind).flops.subs(K, fused.depth)
+        moved += size * fused.depth * (int(fused.norm.gamma) + int(fused.norm.beta))
+    for index, (output, width) in enumerate(zip(fused.epilogue.outputs, fused.output_widths, strict=True)):
+        moved += getattr(torch, output.dtype).itemsize * M * width
+        reach = fused.epilogue.reach(index)
+        flops += M * width * sum(step.name in reach for step in fused.epilogue.steps)
+    for extra in fused.epilogue.extras:
+        width = next(w for i, w in enumerate(fused.output_widths) if extra.name in fused.epilogue.reach(i))
+        elements = {"full": M * width, "column": width, "row": M, "scalar": 1}[extra.layout]
+        moved += getattr(torch, extra.dtype).itemsize * elements
+    return Cost(sympy.expand(flops), sympy.expand(moved))
+
+
+def norm(size: int, kind: str = "rms") -> Cost:
+    """RMSNorm (`"rms"`) or LayerNorm (`"layer"`) of `[M, K]` with gamma (LayerNorm: and beta) `[K]`."""
+    affine = 1 if kind == "rms" else 2
+    # Square and sum, scale, gamma; LayerNorm also sums, subtracts and adds beta.
+    return Cost(M * K * (4 if kind == "rms" else 7), size * (2 * M * K + affine * K))
+
+
+def attention_decode(size: int) -> Cost:
+    """One new token per sequence against L filled positions of G key-value heads, each read once for its group."""
+    return Cost(4 * B * H * L * D, size * (2 * B * G * L * D + 2 * B * H * D))
+
+
+def attention_prefill(size: int, causal: bool = True) -> Cost:
+    """S new tokens against themselves; a causal mask halves the products, not the bytes."""
+    pairs = S * (S + 1) / 2 if causal else S * S
+    return Cost(4 * B * H * pairs * D, size * (2 * B * H * S * D + 2 * B * G * S * D))
+
+
+def intensity() -> sympy.Expr:
+    """FLOPs per element moved when blocks of BLOCK_N columns each read all of x: FlashDecoding++, equation 5."""
+    return 2 * M * K / (K + M * K / BLOCK_N + M)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Dense peaks from data sheets, without sparsity. flops per dtype in 1/s, bandwidth of DRAM in bytes/s."""
+
+    name: str
+    flops: Mapping[str, float] = field(hash=False)
+    bandwidth: float
+    units: int
+    """Streaming multiprocessors, compute units or cores."""
+    shared_bytes: int
+    """Shared memory one block may use."""
+    cache_bytes: int
+    """The last cache before DRAM."""
+
+    def peak(self, dtype: str) -> float:
+        """Dense FLOP/s of matrix products in `dtype`; float32 is the vector rate, since TF32 is not float32."""
+        return self.flops[dtype]
+
+
+def _device(name: str, half: float, single: float, bandwidth: float, units: int, shared: int, cache: int) -> Device:
+    flops = {"float16": half * 1e12, "bfloat16": half * 1e12, "float32": single * 1e12}
+    return Device(name, flops, bandwidth * 1e9, units, shared * 1024, cache << 20)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        #        name      fp16, bf16  fp32   GB/s  units  KiB  MiB
+        _device("A100", 312.0, 19.5, 2039, 108, 163, 40),
+        _device("H100", 989.4, 66.9, 3350, 132, 227, 50),
+        _device("H200", 989.4, 66.9, 4800, 132, 227, 50),
+        _device("B200", 2250.0, 75.0, 8000, 148, 227, 126),
+        _device("MI300X", 1307.4, 163.4, 5300, 304, 64, 256),
+        _device("L4", 121.0, 30.3, 300, 58, 99, 48),
+        _device("RTX 4090", 165.2, 82.6, 1008, 128, 99, 72),
+    )
+}
+
+
+def find_device(name: str) -> Device | None:
+    """The device of the table whose name occurs as words in `name`, such as `"NVIDIA H100 80GB HBM3"`."""
+    words = name.replace("-", " ").split()
+    return next((d for d in DEVICES.values() if all(part in words for part in d.name.split())), None)
+
+
+def current_device(device: torch.device | None = None) -> Device:
+    """The table's entry for a torch device; a GPU the table does not know is scaled from the A100 by its units."""
+    if (device is not None and device.type == "cpu") or not torch.cuda.is_available():
+        return measure_cpu()
+    properties = torch.cuda.get_device_properties(device)
+    known = find_device(properties.name)
+    if known is not None:
+        return known
+    base, units = DEVICES["A100"], properties.multi_processor_count
+    flops = {dtype: rate * units / base.units for dtype, rate in base.flops.items()}
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    cache = getattr(properties, "L2_cache_size", base.cache_bytes)
+    return Device(properties.name, flops, base.bandwidth * units / base.units, units, shared, cache)
+
+
+@functools.cache
+def measure_cpu() -> Device:
+    """This CPU: peak from matrix products, bandwidth from reading 128 MB, well under a second, once per process."""
+
+    def best(action: Any, repeats: int = 4) -> float:
+        action()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    size = 384
+    flops = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(size, size, dtype=dtype)
+        flops[str(dtype).removeprefix("torch.")] = 2 * size**3 / best(lambda a=a: a @ a, 2)
+    flops["float16"] = flops["bfloat16"]
+    buffer = torch.ones(32 << 20)
+    bandwidth = buffer.nbytes / best(buffer.sum)
+    return Device("CPU", flops, bandwidth, torch.get_num_threads(), 32 << 10, 32 << 20)
+
+
+def estimate(flops: float, bytes: float, device: Device, dtype: str = "bfloat16") -> float:
+    """Seconds that `device` needs at least: the slower of computing and moving."""
+    return max(flops / device.peak(dtype), bytes / device.bandwidth)
+
+
+def block_n(n: int, device: Device) -> int:
+    """Columns per block of a flat GEMM: wide blocks where N gives enough of them, as equation 5 asks; else narrow."""
+    if n >= 128 * 2 * device.units:
+        return 128
+    return 64 if n >= 16 * device.units else 32
+
+
+def split_count(n: int, k: int, device: Device) -> int:
+    """Runs that K is cut into so that every unit has a block: a power of two, at most 8, at least 512 deep each.
+
+    A function of N, K and the device and not of M, so that a row's result does not depend on who else is in the batch.
+    """
+    blocks = math.ceil(n / block_n(n, device))
+    splits = 1
+    while splits < 8 and blocks * splits < 1.4 * device.units and k // (2 * splits) >= 512:
+        splits *= 2
+    return splits

@@ -1,0 +1,37 @@
+"""fxopt: a ``torch.compile`` backend that rewrites transformers with the dynamic-compute techniques of the papers.
+
+torch.compile(model, backend="fxopt")
+fxopt.compile(model, fxopt.LayerSkip(speedup=1.5))      # in place; Hugging Face's generate() reaches it
+print(fxopt.report().summary())                         # what was rewritten, where, and why not elsewhere
+"""
+
+from __future__ import annotations
+
+import pathlib as _pathlib
+
+_root = _pathlib.Path(__file__).resolve().parent.parent
+if not (_root / "fxopt" / "passes").exists() and (_root / "passes").exists():
+    # A bare checkout: passes/ and codegen/ lie beside fxopt/ and are packages below it once installed.
+    __path__.append(str(_root))
+
+from fxopt.compiler import compile  # noqa: E402
+from fxopt.meaning import reference  # noqa: E402
+from fxopt.passes.layer_skip import LayerSkip  # noqa: E402
+from fxopt.passes.technique import PassError, SettingError, Technique  # noqa: E402
+from fxopt.planning import plan  # noqa: E402
+from fxopt.reporting import Report, report, reports  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerSkip",
+    "PassError",
+    "Report",
+    "SettingError",
+    "Technique",
+    "compile",
+    "plan",
+    "reference",
+    "report",
+    "reports",
+]

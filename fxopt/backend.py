@@ -1,0 +1,263 @@
+"""The backend: validate the setting, record the graph, run the passes, let Inductor finish."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt import reporting
+from fxopt.codegen import compat
+from fxopt.options import Setting, Settings, parse_options
+from fxopt.passes import order
+from fxopt.passes.context import PassContext
+from fxopt.passes.provenance import module_stack, number_nodes
+from fxopt.passes.record import GraphRecord, Recorder, Remark
+from fxopt.passes.rewriter import verify
+from fxopt.passes.technique import PassError, SettingError
+
+log = logging.getLogger("fxopt")
+
+Compiled = Callable[..., Any]
+
+
+def fxopt(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The function behind ``torch.compile(model, backend="fxopt", mode=..., options={...})``.
+
+    ``options``: a technique's name with a technique, a dict of its fields or a bool, and ``disable``, ``strict``,
+    ``record``. Raises :class:`fxopt.SettingError` for anything misspelt or impossible.
+    """
+    return compile_graph(gm, example_inputs, parse_options(options, mode))
+
+
+class Backend:
+    """The backend with a setting bound to it, for ``model.compile(backend=...)``."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.__name__ = "fxopt"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Compiled:
+        return compile_graph(gm, example_inputs, self.settings)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> Compiled:
+    """Record, rewrite and lower one captured graph."""
+    started = time.perf_counter()
+    record = reporting.new_record(compat.compile_id(), settings.owner)
+    try:
+        number_nodes(gm.graph)
+        describe(record, gm)
+        recorder = Recorder(record, settings.record)
+        recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
+        gm, wrappers = run_passes(gm, record, recorder, settings)
+        lowering = time.perf_counter()
+        compiled = compat.compile_with_inductor(gm, example_inputs, settings.mode, {})
+        record.inductor_seconds = time.perf_counter() - lowering
+    except BaseException as error:
+        record.error = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record.seconds = time.perf_counter() - started
+        reporting.finished(record)
+    for wrap in wrappers:
+        compiled = wrap(compiled)
+    return compiled
+
+
+def describe(record: GraphRecord, gm: fx.GraphModule) -> None:
+    """Fill in what is known of a graph before any pass: its model, its role, its inputs."""
+    ids: set[int] = set()
+    roots: dict[str, None] = {}
+    for node in gm.graph.nodes:
+        for key, path, cls in module_stack(node):
+            number = key.split("@")[0]
+            if number.isdigit():
+                ids.add(int(number))
+            if "." not in path:
+                roots.setdefault(cls.__name__)
+    record.modules = frozenset(ids)
+    record.model = next(iter(roots), "graph")
+    inputs = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and value.dtype in (
+            torch.int64, torch.int32,
+        ) and value.ndim == 2:  # fmt: skip
+            inputs.append("x".join(str(s) for s in value.shape))
+    record.inputs = inputs[0] if inputs else ""
+
+
+def run_passes(
+    gm: fx.GraphModule, record: GraphRecord, recorder: Recorder, settings: Settings
+) -> tuple[fx.GraphModule, list[Callable[[Compiled], Compiled]]]:
+    """Run every pass that has a setting on this graph; a failing pass leaves the graph as it was."""
+    wrappers: list[Callable[[Compiled], Compiled]] = []
+    used: list[Setting] = []
+    plan: list[tuple[str, list[tuple[Setting, Callable[[fx.Node], bool] | None]]]] = []
+    for name in order.names():
+        reach = settings.reach(name, gm.graph)
+        if not reach:
+            continue
+        asked = [s for s, _ in reach if s.kind != "default"]
+        if name in settings.disable:
+            for setting in asked:
+                settings.refuse_conflict(setting.technique, setting.origin)
+            record.remarks.append(Remark(name, "blocked", "", f"disable={name!r}", "FX501"))
+            continue
+        plan.append((name, reach))
+        used += [s for s, _ in reach]
+    in_use = frozenset(name for name, _ in plan)
+    for _, reach in plan:
+        for setting, covers in reach:
+            gm, made = run_pass(gm, record, recorder, settings, setting, covers, in_use)
+            wrappers += made
+    record.settings = settings.effective(used)
+    for setting in used:
+        if "annotation lost" in setting.place:
+            record.remarks.append(
+                Remark(setting.technique.name, "analysis", setting.place.split(" ")[0],
+                       "the annotation of the decorated module is missing: a graph break inside it", "FX602")
+            )  # fmt: skip
+    gm.recompile()
+    return gm, wrappers
+
+
+def run_pass(
+    gm: fx.GraphModule,
+    record: GraphRecord,
+    recorder: Recorder,
+    settings: Settings,
+    setting: Setting,
+    covers: Callable[[fx.Node], bool] | None,
+    in_use: frozenset[str],
+) -> tuple[fx.GraphModule, list[Callable[[Compiled], Compiled]]]:
+    """Run one technique with one setting; restore the graph and warn once when it fails."""
+    technique = setting.technique
+    kept_graph = _copy_graph(gm.graph)
+    context = PassContext(
+        gm.graph, technique.name, record,
+        covers=covers, origin=setting.origin, strict=settings.strict, disabled=settings.disable, in_use=in_use,
+    )  # fmt: skip
+    started = time.perf_counter()
+    try:
+        technique.rewrite(gm.graph, context)
+        _adopt_plain_nodes(gm.graph, technique.name)
+        verify(gm.graph)
+    except SettingError:
+        raise
+    except Exception as error:
+        if settings.strict:
+            raise PassError(
+                f"pass {technique.name!r} ({technique}, set by {setting.origin}) failed: {error}"
+            ) from error
+        gm.graph = kept_graph
+        code = "FX902" if isinstance(error, PassError) else "FX901"
+        where = next((r.path for r in context.remarks if r.path), "")
+        message = f"{type(error).__name__}: {error}"
+        record.remarks.append(Remark(technique.name, "blocked", where, message, code))
+        warn_once(
+            f"fxopt: pass {technique.name!r} failed{f' at {where}' if where else ''} and left the graph as it was "
+            f"({message}). The model runs without it; disable=({technique.name!r},) silences this, strict=True raises."
+        )
+        recorder.stage(technique.name, gm.graph, level=technique.level, seconds=time.perf_counter() - started)
+        return gm, []
+    record.remarks += context.remarks
+    recorder.stage(
+        technique.name, gm.graph, level=technique.level, seconds=time.perf_counter() - started, exact=technique.exact
+    )
+    applied = any(r.status == "applied" for r in context.remarks)
+    asked = setting.kind != "default"
+    refusals = [r for r in context.remarks if r.status in ("missed", "blocked") and r.code not in ("FX503",)]
+    if asked and not applied and refusals:
+        first = refusals[0]
+        message = f"{technique} did not act at {first.path or 'the whole graph'}: {first.code} {first.message}"
+        if settings.strict:
+            raise PassError(f"strict: {message}")
+        warn_once(
+            f"fxopt: {message}. The model runs without it; disable=({technique.name!r},) silences this, strict=True "
+            "raises."
+        )
+    return gm, context.call_wrappers
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copied.node_copy(node, lambda n: mapping[n])
+        mapping[node].name = node.name
+        mapping[node].meta = copy.copy(node.meta)
+        for name, value in vars(node).items():  # Dynamo keeps the source of an input beside the node's own fields
+            if name.startswith("_dynamo"):
+                setattr(mapping[node], name, value)
+    copied._codegen = copy.deepcopy(graph._codegen)
+    return copied
+
+
+def _adopt_plain_nodes(graph: fx.Graph, pass_name: str) -> None:
+    """Give nodes that a technique made with plain FX calls their value and descent, from their inputs or users."""
+    from fxopt.passes.provenance import orphans, stamp
+    from fxopt.passes.rewriter import Rewriter
+
+    lost = orphans(graph)
+    if not lost:
+        return
+    rewriter = Rewriter(graph, pass_name)
+    for node in lost:
+        sources = [n for n in (*node.all_input_nodes, *node.users) if n.op != "output" and n not in lost]
+        if not sources or node.op not in ("call_function", "call_method"):
+            continue
+        if "example_value" not in node.meta:
+            node.meta["example_value"] = rewriter._value(node)
+        stamp(node, sorted(sources, key=lambda n: n.op == "placeholder"), pass_name, rewriter._next)
+        rewriter._next += 1
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """One warning per message and process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _reset_warnings() -> None:
+    _warned.clear()
+
+
+@functools.cache
+def _notice_versions() -> None:
+    if compat.torch_version() > compat.NEWEST_TORCH:
+        warn_once(
+            f"fxopt is tested up to torch {'.'.join(map(str, compat.NEWEST_TORCH))}; this is {torch.__version__}. "
+            "It should work; fxopt doctor says what was found."
+        )
+
+
+def _notice_generate(model: torch.nn.Module, backend: str) -> None:
+    if backend == "fxopt":
+        warn_once(
+            "fxopt: generate() of a model wrapped by torch.compile(model, backend='fxopt') runs the original model; "
+            "the backend is not reached. Write fxopt.compile(model) or model.compile(backend='fxopt') and call "
+            f"{type(model).__name__}.generate on the model itself."
+        )
+
+
+compat.on_generate_of_wrapped_model(_notice_generate)
+_notice_versions()

@@ -1,0 +1,135 @@
+"""``fxopt.compile``: in place, the same object, and Hugging Face's ``generate`` reaches it."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import weakref
+from collections.abc import Mapping
+from typing import Any, TypeAlias, TypeVar
+
+from torch import nn
+
+from fxopt import reporting
+from fxopt.backend import Backend
+from fxopt.options import Settings
+from fxopt.passes.technique import Decorated, SettingError, Technique, nearest
+from fxopt.recipe import Recipe
+
+Model = TypeVar("Model", bound=nn.Module)
+Given: TypeAlias = Technique | Recipe | Mapping[str, Technique]
+
+_owners = itertools.count(1)
+
+
+def compile(
+    model: Model,
+    *techniques: Given,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    disable: str | tuple[str, ...] = (),
+    strict: bool = False,
+) -> Model:
+    """Compile `model` in place with fxopt and return it; called again it replaces the earlier setting.
+
+    Args:
+        techniques: techniques, recipes, or path mappings ``{"model.layers.*.self_attn": technique}``. Exact
+            rewrites run without being named. The nearest setting wins: instance, path, class, then these.
+        mode: a mode of ``torch.compile``, with the meaning Inductor gives it.
+        dynamic: as in ``torch.compile``.
+        disable: names of passes to go without.
+        strict: raise where a technique that was asked for cannot act, instead of warning once.
+
+    Raises:
+        SettingError: for a setting that is misspelt or cannot be applied to this model.
+
+    ``copy.deepcopy`` and pickle keep decorations and drop the compilation, as torch does: compile the copy.
+    """
+    settings, _ = settle(model, techniques, mode=mode, disable=disable, strict=strict)
+    model.compile(backend=_backend(model, settings), dynamic=dynamic)
+    return model
+
+
+# Dynamo keeps compiled code by the backend's identity: going back to an earlier setting finds its code again.
+_backends: weakref.WeakKeyDictionary[nn.Module, dict[Settings, Backend]] = weakref.WeakKeyDictionary()
+
+
+def _backend(model: nn.Module, settings: Settings) -> Backend:
+    made = _backends.setdefault(model, {})
+    if settings not in made:
+        made[settings] = Backend(settings.owned(next(_owners)))
+    reporting.set_owner(model, made[settings].settings.owner)
+    return made[settings]
+
+
+def settle(
+    model: nn.Module,
+    techniques: tuple[Given, ...],
+    *,
+    mode: str | None = None,
+    disable: str | tuple[str, ...] = (),
+    strict: bool = False,
+) -> tuple[Settings, dict[str, Technique]]:
+    """Check everything against the model; the settings, and the whole-model techniques by name."""
+    require_module(model)
+    whole: dict[str, Technique] = {}
+    paths: dict[str, Technique] = {}
+    for given in flatten(techniques):
+        if isinstance(given, Technique):
+            if given.name in whole:
+                raise SettingError(f"two settings for the whole model: {whole[given.name]} and {given}. Give one.")
+            whole[given.name] = given.check(model)
+        else:
+            paths.update(check_paths(model, given))
+    Decorated.refresh(model)
+    settings = Settings.build(whole, paths=paths, disable=disable, strict=strict, mode=mode)
+    for path, module in model.named_modules():
+        for technique, kind in Decorated.techniques(module).values():
+            settings.refuse_conflict(technique, f"the decoration of {path or type(module).__name__} ({kind})")
+            technique.check(module)
+    return settings, whole
+
+
+def flatten(techniques: tuple[Given, ...]) -> list[Technique | Mapping[str, Technique]]:
+    """Techniques and path mappings in the order given, recipes opened."""
+    flat: list[Technique | Mapping[str, Technique]] = []
+    for given in techniques:
+        if isinstance(given, Recipe):
+            flat += given.settings()
+        elif isinstance(given, (Technique, Mapping)):
+            flat.append(given)
+        elif isinstance(given, type) and issubclass(given, Technique):
+            raise SettingError(f"{given.__name__} is a class; write {given.__name__}(...) with its fields.")
+        else:
+            raise SettingError(
+                f"fxopt.compile takes techniques, recipes and path mappings, not {given!r} ({type(given).__name__})."
+            )
+    return flat
+
+
+def check_paths(model: nn.Module, mapping: Mapping[str, Technique]) -> dict[str, Technique]:
+    """A path mapping whose patterns all name modules of the model."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern, technique in mapping.items():
+        if not isinstance(technique, Technique):
+            raise SettingError(f"the path mapping gives {pattern!r} a {type(technique).__name__}, not a technique.")
+        matched = [name for name in names if fnmatch.fnmatchcase(name, str(pattern))]
+        if not matched:
+            raise SettingError(
+                f"no module of {type(model).__name__} matches the path {pattern!r}.{nearest(pattern, names)} "
+                "Paths are dotted names of model.named_modules(), with * as a wildcard."
+            )
+        for name in matched:
+            technique.check(model.get_submodule(name))
+    return dict(mapping)
+
+
+def require_module(model: Any) -> None:
+    """Raise for anything but a plain module."""
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"a model is an nn.Module; given was {type(model).__name__}.")
+    if hasattr(model, "_orig_mod"):
+        raise SettingError(
+            "the model is wrapped by torch.compile; hand over the model itself (wrapper._orig_mod). "
+            "fxopt.compile works in place and needs no wrapper."
+        )

@@ -1,0 +1,1 @@
+"""Reading a report: why, pages, differences."""

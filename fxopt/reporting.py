@@ -1,0 +1,281 @@
+"""Reports: what compilations left behind, read after the fact."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import tempfile
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from fxopt.codegen import compat
+from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, KernelRecord, Remark, Stage
+from fxopt.passes.technique import SettingError, Technique, nearest
+
+log = logging.getLogger("fxopt")
+
+CAPACITY = 256
+"""Graphs kept in the ring buffer."""
+
+_graphs: deque[GraphRecord] = deque(maxlen=CAPACITY)
+_lock = threading.Lock()
+_count = 0
+_owners: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def owner_of(model: nn.Module) -> int:
+    """The token under which ``fxopt.compile`` keeps the records of `model`; 0 when it never did."""
+    return _owners.get(model, 0)
+
+
+def set_owner(model: nn.Module, owner: int) -> None:
+    """Keep the records of `model` under `owner`, weakly."""
+    _owners[model] = owner
+
+
+def new_record(compile_id: str, owner: int) -> GraphRecord:
+    """A record for a compilation that begins now; it is kept even when the compilation fails."""
+    global _count
+    with _lock:
+        record = GraphRecord(number=_count, compile_id=compile_id, model="", owner=owner)
+        _count += 1
+        _graphs.append(record)
+    return record
+
+
+def discard(records: Iterable[GraphRecord]) -> None:
+    """Take records of a dry run out of the ring buffer."""
+    with _lock:
+        for record in records:
+            _graphs.remove(record)
+
+
+def finished(record: GraphRecord) -> None:
+    """Log one block, and mirror the record into TORCH_TRACE."""
+    log.info("%s", Lazy(lambda: graph_summary(record)))
+    compat.trace_artifact("fxopt_record", record.to_dict)
+
+
+class Lazy:
+    """A log argument that is built only when it is printed."""
+
+    def __init__(self, build: Any) -> None:
+        self.build = build
+
+    def __str__(self) -> str:
+        return str(self.build())
+
+
+class Report:
+    """What was done to one model: its compiled graphs with stages, remarks and kernels."""
+
+    def __init__(self, graphs: Iterable[GraphRecord], environment: dict[str, str] | None = None) -> None:
+        self.graphs: tuple[GraphRecord, ...] = tuple(graphs)
+        self.environment = environment or _environment()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def passes(self) -> tuple[Stage, ...]:
+        """The stages of all graphs, in order; the first of each graph is the capture."""
+        return tuple(stage for graph in self.graphs for stage in graph.stages)
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """The remarks of all graphs, in order."""
+        return tuple(remark for graph in self.graphs for remark in graph.remarks)
+
+    @property
+    def kernels(self) -> tuple[KernelRecord, ...]:
+        """The generated kernels of all graphs."""
+        return tuple(kernel for graph in self.graphs for kernel in graph.kernels)
+
+    def count(self, technique: str, status: str = "applied") -> int:
+        """Number of places with that outcome, over all graphs."""
+        return sum(graph.count(technique, status) for graph in self.graphs)
+
+    def summary(self) -> str:
+        """One block of text per graph, at most 100 columns wide."""
+        if not self.graphs:
+            return "fxopt: nothing has been compiled yet"
+        return "\n".join(graph_summary(graph) for graph in self.graphs)
+
+    def why(self, technique: str, module_path: str = "") -> str:
+        """One paragraph: what happened to `technique` at `module_path` (or everywhere), why, and what to do."""
+        from fxopt.inspection.why import why
+
+        return why(self, technique, module_path)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return f"<fxopt.Report of {len(self.graphs)} graphs, {len(self.remarks)} remarks>"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(self.summary())}</pre>"
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with ``schema_version``."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": self.environment,
+            "graphs": [graph.to_dict() for graph in self.graphs],
+        }
+
+    def to_json(self, path: str | os.PathLike[str]) -> pathlib.Path:
+        """Write the report as JSON; returns the path."""
+        return write_text(path, json.dumps(self.to_dict(), indent=1, sort_keys=True, default=str) + "\n")
+
+    def to_html(self, path: str | os.PathLike[str]) -> pathlib.Path:
+        """Write the report as one self-contained page; returns the path."""
+        from fxopt.inspection.html import page
+
+        return write_text(path, page(self))
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Report:
+        """The report of :meth:`to_dict`; raises ValueError for another schema or a damaged file."""
+        if not isinstance(data, dict) or "schema_version" not in data:
+            raise ValueError("this is no fxopt report: it has no schema_version")
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(
+                f"the report has schema {data['schema_version']}, this fxopt reads {SCHEMA_VERSION}; "
+                "write it again with the installed version"
+            )
+        try:
+            return cls([GraphRecord.from_dict(g) for g in data["graphs"]], dict(data["environment"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the report is damaged: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Report:
+        """Read a report written by :meth:`to_json`."""
+        try:
+            data = json.loads(pathlib.Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON (truncated?): {error}") from error
+        return cls.from_dict(data)
+
+
+def reports() -> list[Report]:
+    """All reports in the ring buffer, oldest first: one for each compiled model."""
+    with _lock:
+        graphs = list(_graphs)
+    groups: dict[Any, list[GraphRecord]] = {}
+    for graph in graphs:
+        groups.setdefault(_group(graph, groups), []).append(graph)
+    return [Report(group) for group in groups.values()]
+
+
+def _group(graph: GraphRecord, groups: dict[Any, list[GraphRecord]]) -> Any:
+    if graph.owner:
+        return graph.owner
+    for key, members in groups.items():
+        if any(not m.owner and (m.modules & graph.modules) for m in members):
+            return key
+    return ("graph", graph.number)
+
+
+def report(model: nn.Module | None = None) -> Report:
+    """The report of `model`, or the last one. Empty (with a summary that says so) when nothing was compiled."""
+    found = reports()
+    if model is None:
+        return max(found, key=lambda r: r.graphs[-1].number, default=Report([]))
+    ids = {id(module) for module in model.modules()}
+    owner = owner_of(model)
+    for candidate in reversed(found):
+        last = candidate.graphs[-1]
+        if (owner and last.owner == owner) or (not last.owner and ids & last.modules):
+            return candidate
+    return Report([])
+
+
+def clear() -> None:
+    """Forget every kept record."""
+    with _lock:
+        _graphs.clear()
+
+
+def graph_summary(graph: GraphRecord) -> str:
+    """The terminal block of one graph."""
+    passes = len(graph.stages) - 1
+    head = (
+        f"fxopt: graph {graph.compile_id} {graph.model} {graph.role}"
+        f"{f' {graph.inputs}' if graph.inputs else ''}  {graph.nodes_before}->{graph.nodes_after} nodes, "
+        f"{passes} pass{'' if passes == 1 else 'es'}, {graph.seconds:.2f} s"
+    )
+    lines = [head]
+    names = list(dict.fromkeys(r.technique for r in graph.remarks))
+    width = max((len(n) for n in names), default=0)
+    for name in names:
+        remarks = [r for r in graph.remarks if r.technique == name]
+        applied = sum(r.count for r in remarks if r.status == "applied")
+        refused = [r for r in remarks if r.status in ("missed", "blocked")]
+        total = applied + sum(r.count for r in refused)
+        mark = ("=" if _exact(name) else "~") if applied else "."
+        if total:
+            state = "applied" if applied else refused[0].status
+            line = f"  {mark} {name:<{width}}  {applied}/{total} {state}"
+            firsts = [r.message for r in remarks if r.status == "applied"][:1]
+            if firsts and applied == 1:
+                line += f"  {firsts[0]}"
+            if refused:
+                first = refused[0]
+                more = f" (+{len(refused) - 1})" if len(refused) > 1 else ""
+                line += f"  {first.code} {first.path + ': ' if first.path else ''}{first.message}{more}"
+        else:
+            line = f"  . {name:<{width}}  {remarks[0].message}"
+        lines.append(line if len(line) <= 100 else line[:97] + "...")
+    if graph.error:
+        lines.append(f"  ! {graph.error.splitlines()[0]}"[:100])
+    return "\n".join(lines)
+
+
+def _exact(name: str) -> bool:
+    cls = Technique.registry.get(name)
+    return cls.exact if cls is not None else True
+
+
+def check_technique_name(name: str) -> str:
+    """`name` if some technique or remark can have it; raises SettingError with the nearest."""
+    if name not in Technique.registry:
+        raise SettingError(
+            f"There is no technique {name!r}. Known: {', '.join(Technique.registry)}.{nearest(name, Technique.registry)}"
+        )
+    return name
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> pathlib.Path:
+    """Write a whole file or nothing: a temporary file beside it, then a rename."""
+    target = pathlib.Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=target.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _environment() -> dict[str, str]:
+    import platform
+
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"torch": torch.__version__, "python": platform.python_version(), "device": device}

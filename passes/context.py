@@ -1,0 +1,99 @@
+"""What a pass is given besides the graph: its setting's reach, the rewriter, the structure, and the ear that listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from fxopt.passes.provenance import module_path, source_line
+from fxopt.passes.record import GraphRecord, KernelRecord, Remark
+from fxopt.passes.rewriter import Rewriter
+
+if TYPE_CHECKING:
+    from fxopt.passes.layers import Structure
+
+
+class PassContext:
+    """Handed to ``Technique.rewrite(graph, context)``."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        technique: str,
+        record: GraphRecord,
+        *,
+        covers: Callable[[fx.Node], bool] | None = None,
+        origin: str = "default",
+        strict: bool = False,
+        disabled: frozenset[str] = frozenset(),
+        in_use: frozenset[str] = frozenset(),
+    ) -> None:
+        self.graph = graph
+        self.technique = technique
+        self.record = record
+        self.origin = origin
+        """Where the setting came from, in words."""
+        self.strict = strict
+        self.disabled = disabled
+        """Names in ``disable=(...)``, for passes that do several named things."""
+        self.in_use = in_use
+        """Names of all techniques that act on this graph, for rules about pairs."""
+        self.rewriter = Rewriter(graph, technique)
+        self.remarks: list[Remark] = []
+        self.call_wrappers: list[Callable[[Callable[..., object]], Callable[..., object]]] = []
+        """Wrappers put around the compiled callable, for decisions that need a value of the call."""
+        self._covers = covers
+
+    def covers(self, node: fx.Node) -> bool:
+        """Whether `node` belongs to the modules that this setting was given for."""
+        return self._covers is None or self._covers(node)
+
+    # -- telling ------------------------------------------------------------------------------------------------
+
+    def applied(self, place: fx.Node | str, message: str, *, count: int = 1, source: str = "") -> None:
+        """A place was rewritten."""
+        self._tell("applied", place, message, "", count, source)
+
+    def missed(self, code: str, place: fx.Node | str, message: str, *, count: int = 1, source: str = "") -> None:
+        """A place did not match; `code` names the first thing that differed."""
+        self._tell("missed", place, message, code, count, source)
+
+    def blocked(self, code: str, place: fx.Node | str, message: str, *, count: int = 1, source: str = "") -> None:
+        """A place matched and a rule forbade the rewrite."""
+        self._tell("blocked", place, message, code, count, source)
+
+    def note(self, place: fx.Node | str, message: str, *, code: str = "", source: str = "") -> None:
+        """Something was found out that a reader of the report wants to know."""
+        self._tell("analysis", place, message, code, 1, source)
+
+    def _tell(self, status: str, place: fx.Node | str, message: str, code: str, count: int, source: str) -> None:
+        path = place if isinstance(place, str) else module_path(place)
+        line = source or ("" if isinstance(place, str) else source_line(place))
+        self.remarks.append(Remark(self.technique, status, path, message, code, line, count))
+
+    def kernel(self, record: KernelRecord) -> None:
+        """A kernel was generated for nodes of this graph."""
+        self.record.kernels.append(record)
+
+    # -- the graph ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def structure(self) -> Structure:
+        """Stacks and layers of the graph as it is when first asked for."""
+        from fxopt.passes.layers import find_layers
+
+        return find_layers(self.graph)
+
+    @cached_property
+    def training(self) -> bool:
+        """Whether gradients are recorded for this graph."""
+        return any(
+            isinstance(value, torch.Tensor) and value.requires_grad
+            for node in self.graph.nodes
+            if node.op in ("call_function", "call_method")
+            for value in (node.meta.get("example_value"),)
+        )

@@ -1,0 +1,68 @@
+"""Masks that the graph builds and that turn out to be causal, or to hide nothing, become structure.
+
+Without a cache Hugging Face materialises a [B, 1, T, T] mask in the graph (``arange``, ``le``, ``and_``, ``expand``),
+which costs memory and rules the library's flash attention out:
+
+    arange -> ... -> and_ -> expand -> scaled_dot_product_attention(q, k, v, attn_mask=mask)
+becomes
+    scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+Only a mask whose value follows from constants alone is touched; what an input decides stays a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fxopt.passes.attention import AttentionSite, earliest, find_attentions
+from fxopt.passes.context import PassContext
+from fxopt.passes.gqa_packing import library_attention, records_gradients
+from fxopt.passes.kv import written_between
+from fxopt.passes.masks import MaskFacts, ancestors, facts_of
+from fxopt.passes.technique import Technique
+
+
+@dataclass(frozen=True)
+class MaskStructure(Technique):
+    """Replaces proven masks (exact, on by default; switch off with ``disable=("mask_structure",)``)."""
+
+    name: ClassVar[str] = "mask_structure"
+    exact: ClassVar[bool] = True
+    on_by_default: ClassVar[bool] = True
+
+    def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
+        """Say of every mask what it hides, and drop those that the library knows by name."""
+        known: dict[fx.Node, MaskFacts] = {}
+        for site in find_attentions(graph)[0]:
+            if site.form == "fxopt" or not site.biases or not context.covers(site.output):
+                continue
+            mask = site.mask
+            if mask is None:
+                context.missed("FX203", site.output, f"{len(site.biases)} additive terms; their sum is kept as it is")
+                continue
+            if mask not in known:
+                known[mask] = facts_of(mask)
+            self._replace(site, mask, known[mask], context)
+
+    def _replace(self, site: AttentionSite, mask: fx.Node, facts: MaskFacts, context: PassContext) -> None:
+        square = facts.kind == "causal" and facts.offset == 0 and site.tokens == site.length
+        if facts.kind != "full" and not square:
+            context.missed("FX203", site.output, f"mask {mask.name}: {facts}; kept as a mask")
+            return
+        if site.soft_cap or site.sinks is not None:
+            what = "a soft-cap" if site.soft_cap else "sinks"
+            context.missed("FX101", site.output, f"mask {mask.name}: {facts}; the library has no form with {what}")
+            return
+        if site.form == "eager" and records_gradients(site):
+            context.blocked("FX205", site.output, "gradients are recorded through attention written out")
+            return
+        if written_between((site.query, *site.attended), earliest(site), site.output) is not None:
+            context.blocked("FX206", site.output, "the cache is written while it is being attended to")
+            return
+        library_attention(site, context, is_causal=square)
+        pure = [node for node in ancestors(mask) if node.op != "placeholder"]
+        context.rewriter.erase(pure)
+        context.applied(site.output, f"mask {mask.name}: {facts}; handed to the library by name")

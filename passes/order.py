@@ -1,0 +1,14 @@
+"""The one list of passes, with the reason for each neighbour. A technique that is not in it runs last."""
+
+from __future__ import annotations
+
+from fxopt.passes.technique import Technique
+
+ORDER: tuple[str, ...] = (
+    "layer_skip",  # first: what is skipped need not be recognised, routed or packed by anyone after
+)
+
+
+def names() -> list[str]:
+    """Every known pass, in the order they run; techniques from outside the package run after the package's own."""
+    return [*[n for n in ORDER if n in Technique.registry], *[n for n in Technique.registry if n not in ORDER]]

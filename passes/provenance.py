@@ -1,0 +1,102 @@
+"""Where a node comes from: module path, source line, and the captured nodes it descends from.
+
+Ids are given once, when the graph is captured, and live in ``node.meta["custom"]``, the one channel that
+AOTAutograd carries down to the ATen graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import fx
+
+ID = "fxopt.id"
+ORIGINS = "fxopt.origins"
+PASS = "fxopt.pass"
+
+_WRAPPER = re.compile(r"\.forward\.args\[0\]")
+_ROOT = re.compile(r"^L\[['\"](?:self|mod|fn|model)['\"]\](?:\._orig_mod)?\.?")
+_INDEX = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+def clean_path(name: str) -> str:
+    """Dynamo's source expression of a module, as a dotted path in the model.
+
+    >>> clean_path("L['self'].model.layers.0.self_attn")
+    'model.layers.0.self_attn'
+    """
+    name = _WRAPPER.sub("", name)
+    name = name.replace("._modules", "").replace("_fxopt_inner.", "")
+    name = _ROOT.sub("", name)
+    name = _INDEX.sub(r".\1", name)
+    return name.strip(".")
+
+
+def module_stack(node: fx.Node) -> list[tuple[str, str, type]]:
+    """``[(key, path, class), ...]`` from the outermost module inwards; the root module is not on it."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return [(key, clean_path(entry[0]), entry[1]) for key, entry in stack.items()]
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module a node belongs to; empty in the root module."""
+    stack = module_stack(node)
+    return stack[-1][1] if stack else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:123, in forward`` of the innermost frame; empty where Dynamo kept none."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    path, line, function = frames[-1]
+    return f"{shorten(path)}:{line}, in {function}"
+
+
+def shorten(path: str) -> str:
+    """A file name without the part that differs between machines."""
+    for marker in ("site-packages/", "dist-packages/", "/lib/python"):
+        if marker in path:
+            return path.rsplit(marker, 1)[1]
+    return "/".join(path.split("/")[-2:])
+
+
+def number_nodes(graph: fx.Graph) -> None:
+    """Give every node of a freshly captured graph its id."""
+    for number, node in enumerate(graph.nodes):
+        custom = dict(node.meta.get("custom") or {})
+        custom[ID] = number
+        node.meta["custom"] = custom
+
+
+def node_id(node: fx.Node) -> int:
+    """The id of a node; -1 for one that has none (an orphan)."""
+    return int((node.meta.get("custom") or {}).get(ID, -1))
+
+
+def origin_ids(node: fx.Node) -> tuple[int, ...]:
+    """Ids of the captured nodes a node descends from (its own, for a captured node)."""
+    custom = node.meta.get("custom") or {}
+    return tuple(custom.get(ORIGINS) or ((custom[ID],) if ID in custom else ()))
+
+
+def stamp(node: fx.Node, sources: Iterable[fx.Node], pass_name: str, number: int) -> None:
+    """Write the descent of a new node; the first of `sources` gives its module and source line."""
+    sources = list(sources)
+    first = sources[0]
+    for key in ("nn_module_stack", "stack_trace", "fwd_nn_module_stack", "source_fn_stack"):
+        if key in first.meta and key not in node.meta:
+            node.meta[key] = first.meta[key]
+    custom = {k: v for k, v in (first.meta.get("custom") or {}).items() if k not in (ID, ORIGINS, PASS)}
+    custom[ID] = number
+    custom[ORIGINS] = tuple(sorted({i for source in sources for i in origin_ids(source)}))
+    custom[PASS] = pass_name
+    node.meta["custom"] = custom
+    node.meta.setdefault("from_node", first.meta.get("from_node", []))
+
+
+def orphans(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes that no pass has stamped: a rewrite lost their descent."""
+    return [node for node in graph.nodes if node.op != "output" and node_id(node) < 0]

@@ -1,0 +1,123 @@
+"""Norms read from FX graphs, as torch has them and as Hugging Face writes them out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxopt.codegen.kernels import Unsupported
+from fxopt.codegen.kernels.gemm import Norm
+from fxopt.codegen.kernels.prologue import match_norm
+
+X = torch.randn(2, 3, 16)
+
+
+def captured(module, *example):
+    """The node that a module's output comes from, in the graph Dynamo makes of it."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(module, backend=keep)(*example)
+    (end,) = [node for node in graphs[0].graph.nodes if node.op == "output"]
+    return end.args[0][0]
+
+
+def hugging_face(family):
+    if family == "llama":
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm as Kind
+    elif family == "gemma2":
+        from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm as Kind
+    else:
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm as Kind
+    return Kind(16, eps=1e-5)
+
+
+def check(module, x, expected):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+        node = captured(module, x)
+        found = match_norm(node)
+        assert found.norm == expected
+        assert found.x.op == "placeholder"
+        assert all(n.op != "placeholder" for n in found.nodes)
+        assert node in found.nodes
+        parameters = dict(module.named_parameters())
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        assert (found.gamma is None, found.beta is None) == (weight is None, bias is None)
+        torch.testing.assert_close(found.norm.evaluate(x, weight, bias), module(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_norms_of_hugging_face(family):
+    pytest.importorskip("transformers")
+    check(hugging_face(family), X, Norm("rms", 1e-5, unit_offset=family == "gemma2"))
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.LayerNorm(16, eps=1e-6), Norm("layer", 1e-6, beta=True)),
+        (nn.LayerNorm(16, bias=False), Norm("layer", 1e-5)),
+        (nn.LayerNorm(16, elementwise_affine=False), Norm("layer", 1e-5, gamma=False)),
+        (nn.RMSNorm(16, eps=1e-6), Norm("rms", 1e-6)),
+        (nn.RMSNorm(16), Norm("rms", torch.finfo(torch.float32).eps)),
+    ],
+    ids=["layer", "no-beta", "no-affine", "rms", "rms-default-eps"],
+)
+def test_norms_of_torch(module, expected):
+    check(module, X, expected)
+
+
+def written_out(x, w):
+    wide = x.to(torch.float32)
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def test_aten_graph():
+    module = make_fx(written_out)(X.bfloat16(), torch.ones(16))
+    (end,) = [node for node in module.graph.nodes if node.op == "output"]
+    found = match_norm(end.args[0])
+    assert found.norm == Norm("rms", 1e-6)
+    assert (found.x.name, found.gamma.name) == ("x_1", "w_1")
+
+
+def test_without_gamma():
+    node = end_of(lambda x, w: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6))
+    assert match_norm(node).norm == Norm("rms", 1e-6, gamma=False)
+
+
+def end_of(function):
+    class Keep(fx.Interpreter):
+        def run_node(self, node):
+            node.meta["example_value"] = value = super().run_node(node)
+            return value
+
+    module = fx.symbolic_trace(function)
+    Keep(module).run(X, torch.ones(16))
+    (end,) = [node for node in module.graph.nodes if node.op == "output"]
+    return end.args[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x, w: x + w, "ends in add"),
+        (lambda x, w: x * w, "no factor is"),
+        (lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)), "no factor is"),
+        (lambda x, w: w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)), "no factor is"),
+        (lambda x, w: w * (x * torch.rsqrt((x + 1).pow(2).mean(-1, keepdim=True) + 1e-6)), "no factor is"),
+        (lambda x, w: w * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6)), "no factor is"),
+        (lambda x, w: (2 + w) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), "other than one"),
+        (lambda x, w: x * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), "not a vector"),
+        (lambda x, w: F.layer_norm(x, (3, 16)), "more than the last dimension"),
+    ],
+)
+def test_what_is_no_norm(function, reason):
+    with pytest.raises(Unsupported, match=reason):
+        match_norm(end_of(function))
