@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +188,23 @@ def triton_version() -> str:
     except ImportError:
         return "none"
     return triton.__version__
+
+
+class KernelNotCompiled(Exception):
+    """Triton's compiler gave up with an error that has no class of its own."""
+
+
+def compile_ahead(kernel_fn: Any, arguments: Sequence[Any], grid: tuple[int, ...], options: dict[str, Any]) -> None:
+    """Compiles a jit function for the current device and these arguments without launching it."""
+    try:
+        kernel_fn.warmup(*arguments, grid=grid, **options)
+    except RuntimeError as problem:
+        # MLIR pass failures are bare RuntimeErrors; nothing runs on the device here, so none is the device's.
+        raise KernelNotCompiled(str(problem)) from problem
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What compiling or loading a kernel may raise: Triton's own errors and `KernelNotCompiled`."""
+    from triton.errors import TritonError
+
+    return (TritonError, KernelNotCompiled)

@@ -21,8 +21,9 @@ from typing import Any, Literal
 import torch
 
 from fxopt.codegen import compat, roofline
+from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.epilogue import Epilogue, Extra, Output, Step, dtype_name
-from fxopt.codegen.kernels.gemm import MAX_ROWS, Config, Family, FusedLinear, configure, shared_bytes
+from fxopt.codegen.kernels.gemm import MAX_ROWS, Config, Family, FusedLinear, configure, reference, shared_bytes
 from fxopt.codegen.kernels.gemm_launch import run
 from fxopt.codegen.source import cache_folder, write_atomically
 
@@ -184,6 +185,7 @@ class Dataflow:
         self.dtype = dtype if isinstance(dtype, str) else dtype_name(dtype)
         self.max_m = max_m
         self.model = model or roofline.current_device(device)
+        self.refused: dict[tuple[FusedLinear, Config], str] = {}
         self.table = find_table(TableKey.current(self.dtype, device), path)
 
     def measured(self, n: int, k: int) -> bool:
@@ -213,6 +215,27 @@ class Dataflow:
         found = self.table.entries[n, fused.depth].configs.get(_place(default), default)
         # Tables are measured with one weight; a group that holds two needs more shared memory for the same blocks.
         return found if shared_bytes(fused, found) <= self.model.shared_bytes else default
+
+    def run(
+        self,
+        fused: FusedLinear,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        extras: Sequence[torch.Tensor] = (),
+        origin: str = "",
+    ) -> list[torch.Tensor]:
+        """Runs a group by whichever kernel the number of rows asks for: x [..., K] to outputs [..., N].
+
+        Where the kernel cannot run, the library does; `refused` then holds the reason, and one warning says it.
+        """
+        config = self.config(fused, x.numel() // fused.depth)
+        if config is not None and (fused, config) not in self.refused:
+            try:
+                return run(fused, x, weights, extras, config, origin)
+            except Unsupported as problem:
+                self.refused[fused, config] = problem.reason
+                warnings.warn(f"fxopt leaves {origin or 'a linear'} to the library: {problem.reason}")
+        return reference(fused, x, weights, extras)
 
 
 def _place(config: Config) -> str:

@@ -38,13 +38,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fxopt.tinylm import corpus
 from fxopt.tinylm.needle import planted
-from fxopt.tinylm.training import QUICK, HeadLoss, Muon, Recipe, Trunk, build, rate_multiple
+from fxopt.tinylm.training import (
+    QUICK,
+    HeadLoss,
+    Muon,
+    Recipe,
+    Trunk,
+    build,
+    rate_multiple,
+)
 
 # --- the text --------------------------------------------------------------------------------------------------------
 
 
 def prepare(recipe: Recipe, out: Path, limit: int | None = None) -> tuple[Any, np.ndarray]:
-    """The tokenizer and the training stream (uint16 ids, files shuffled, END between them), made once, kept in `out`."""
+    """The tokenizer and the training stream (uint16 ids, shuffled files, END between them), made once in `out`."""
     from tokenizers import Tokenizer
 
     work = out / "work"
@@ -101,8 +109,8 @@ class Feeder:
         self.cursor += 1
         return self.stream[start : start + length + 1]
 
-    def batch(self, step: int, progress: float) -> torch.Tensor:
-        """[B, T + 1] ids."""
+    def batch(self, step: int, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids [B, T + 1], and which of the T predictions count [B, T]."""
         recipe = self.recipe
         rng = random.Random(recipe.seed * 1_000_003 + step)
         length, share = at(recipe.contexts, progress), recipe.planted
@@ -110,13 +118,21 @@ class Feeder:
             share = 0.5
         elif progress > 0.4 and step % 8 == 0:
             length, share = recipe.long, 0.4
-        rows = []
+        rows, scored = [], []
         for _ in range(max(1, recipe.tokens // length)):
             ids = self.window(length, rng).astype(np.int64)
+            counts = np.ones(length, dtype=np.float32)
             if rng.random() < share:
                 ids = np.array(planted(self.tokenizer, ids.tolist(), length + 1, rng), dtype=np.int64)
+            elif rng.random() < recipe.repeated and (rows or recipe.tokens <= length):
+                period = rng.randrange(16, length // 2)
+                once = ids[:period].copy()
+                np.random.default_rng((recipe.seed, step, len(rows))).shuffle(once)
+                ids = np.resize(once, length + 1)
+                counts[: period - 1] = 0.0
             rows.append(ids)
-        return torch.from_numpy(np.stack(rows))
+            scored.append(counts)
+        return torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(scored))
 
 
 def choose_exit(depth: int, layers: int, rng: random.Random) -> int:
@@ -174,16 +190,20 @@ def train_step(state: State, trunk: Trunk, progress: float) -> None:
     """One step at a fraction of the training; the learning rates fall linearly to a fiftieth."""
     recipe, model = state.recipe, state.model
     rng = random.Random(f"{recipe.seed}/{state.step}")
-    ids = state.feeder.batch(state.step, progress)
+    ids, scored = state.feeder.batch(state.step, progress)
     depth = at(recipe.growth, progress)
     exit_at = choose_exit(depth, recipe.layers, rng)
     rise = math.log(2) / (recipe.layers - 1)
     chances = [recipe.dropout * (math.exp(i * rise) - 1) for i in range(depth)]
     dropped = {i for i, chance in enumerate(chances) if rng.random() < chance and i + 1 != exit_at}
-    last, early = trunk(ids[:, :-1], depth, dropped, exit_at)
+    positions = torch.arange(ids.shape[1] - 1)
+    if rng.random() < recipe.gap:
+        cut = rng.randrange(len(positions) // 8, len(positions))
+        positions[cut:] += rng.randrange(recipe.contexts[-1][1] - len(positions) + 1)
+    last, early = trunk(ids[:, :-1], positions, depth, dropped, exit_at)
     targets = ids[:, 1:].flatten()
     loss, full, exit_loss = HeadLoss.apply(
-        last.flatten(0, 1), early.flatten(0, 1), model.model.embed_tokens.weight, targets,
+        last.flatten(0, 1), early.flatten(0, 1), model.model.embed_tokens.weight, targets, scored.flatten(),
         min(recipe.exit_rows, len(targets)), recipe.exit_weight,
     )  # fmt: skip
     loss.backward()
@@ -241,6 +261,7 @@ def train(
     state.save()
     if progress >= 1:
         ship(state.model, out)
+        plot_curve(state.history, out / "curve.png")
     elif stopped:
         print(f"interrupted at step {state.step}; go on with --resume", flush=True)
     return state.model
@@ -296,11 +317,35 @@ def ship(model: Any, out: Path) -> None:
         os.replace(part / file, out / file)
 
 
+def plot_curve(history: list[tuple[Any, ...]], path: Path) -> None:
+    """The training loss over tokens, one line per context length; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for length in sorted({row[3] for row in history}):
+        rows = [row for row in history if row[3] == length]
+        width = max(1, len(rows) // 60)
+        groups = [rows[i : i + width] for i in range(0, len(rows), width)]
+        axes.plot(
+            [g[-1][2] / 1e6 for g in groups],
+            [sum(r[5] for r in g) / len(g) for g in groups],
+            label=f"context {length}",
+        )
+    axes.set_xlabel("tokens, millions")
+    axes.set_ylabel("loss, nats per token (planted copies included)")
+    axes.legend()
+    part = path.with_name("curve.part.png")
+    figure.savefig(part, dpi=110)
+    os.replace(part, path)
+
+
 def evaluate(folder: Path | None) -> None:
     """Print the metrics of the shipped model or of one in `folder`, and keep those of a folder beside its weights."""
-    from fxopt.tinylm.metrics import measure
-
     from fxopt import tinylm
+    from fxopt.tinylm.metrics import measure
 
     model, tokenizer = tinylm.load(folder=folder)
     metrics = measure(model, tokenizer, ((folder or tinylm.FOLDER) / tinylm.HELDOUT.name).read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from fxopt.codegen import compat
 from fxopt.options import Setting, Settings, parse_options
 from fxopt.passes import order
 from fxopt.passes.context import PassContext
-from fxopt.passes.provenance import module_stack, number_nodes
+from fxopt.passes.provenance import module_stack, name_modules, number_nodes
 from fxopt.passes.record import GraphRecord, Recorder, Remark
 from fxopt.passes.rewriter import verify
 from fxopt.passes.technique import PassError, SettingError
@@ -26,6 +26,8 @@ from fxopt.passes.technique import PassError, SettingError
 log = logging.getLogger("fxopt")
 
 Compiled = Callable[..., Any]
+Wrapper = Callable[[Compiled], Compiled]
+NO_PATHS: Mapping[str, tuple[str, type]] = {}
 
 
 def fxopt(
@@ -46,26 +48,31 @@ def fxopt(
 class Backend:
     """The backend with a setting bound to it, for ``model.compile(backend=...)``."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, model: torch.nn.Module | None = None) -> None:
         self.settings = settings
+        # ids, not modules: a backend outlives nothing. Used to name modules that a graph break left without a path.
+        self.paths = {str(id(m)): (path, type(m)) for path, m in model.named_modules()} if model is not None else {}
         self.__name__ = "fxopt"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Compiled:
-        return compile_graph(gm, example_inputs, self.settings)
+        return compile_graph(gm, example_inputs, self.settings, self.paths)
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> Compiled:
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], settings: Settings, paths: Mapping[str, tuple[str, type]] = NO_PATHS
+) -> Compiled:
     """Record, rewrite and lower one captured graph."""
     started = time.perf_counter()
     record = reporting.new_record(compat.compile_id(), settings.owner)
     try:
         number_nodes(gm.graph)
+        name_modules(gm.graph, paths)
         describe(record, gm)
         recorder = Recorder(record, settings.record)
         recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
-        gm, wrappers = run_passes(gm, record, recorder, settings)
+        gm, wrappers, patches = run_passes(gm, record, recorder, settings)
         lowering = time.perf_counter()
-        compiled = compat.compile_with_inductor(gm, example_inputs, settings.mode, {})
+        compiled = compat.compile_with_inductor(gm, example_inputs, settings.mode, patches)
         record.inductor_seconds = time.perf_counter() - lowering
     except BaseException as error:
         record.error = f"{type(error).__name__}: {error}"
@@ -103,28 +110,28 @@ def describe(record: GraphRecord, gm: fx.GraphModule) -> None:
 
 def run_passes(
     gm: fx.GraphModule, record: GraphRecord, recorder: Recorder, settings: Settings
-) -> tuple[fx.GraphModule, list[Callable[[Compiled], Compiled]]]:
+) -> tuple[fx.GraphModule, list[Wrapper], dict[str, Any]]:
     """Run every pass that has a setting on this graph; a failing pass leaves the graph as it was."""
-    wrappers: list[Callable[[Compiled], Compiled]] = []
+    wrappers: list[Wrapper] = []
+    patches: dict[str, Any] = {}
     used: list[Setting] = []
-    plan: list[tuple[str, list[tuple[Setting, Callable[[fx.Node], bool] | None]]]] = []
+    acting: list[str] = []
     for name in order.names():
         reach = settings.reach(name, gm.graph)
-        if not reach:
-            continue
-        asked = [s for s, _ in reach if s.kind != "default"]
-        if name in settings.disable:
-            for setting in asked:
-                settings.refuse_conflict(setting.technique, setting.origin)
+        if reach and name in settings.disable:
+            for setting, _ in reach:
+                if setting.kind != "default":
+                    settings.refuse_conflict(setting.technique, setting.origin)
             record.remarks.append(Remark(name, "blocked", "", f"disable={name!r}", "FX501"))
-            continue
-        plan.append((name, reach))
-        used += [s for s, _ in reach]
-    in_use = frozenset(name for name, _ in plan)
-    for _, reach in plan:
-        for setting, covers in reach:
-            gm, made = run_pass(gm, record, recorder, settings, setting, covers, in_use)
-            wrappers += made
+        elif reach:
+            acting.append(name)
+    for name in acting:
+        # Asked again for each pass: the passes before it may have changed the nodes.
+        for setting, covers in settings.reach(name, gm.graph):
+            context = run_pass(gm, record, recorder, settings, setting, covers, frozenset(acting))
+            wrappers += context.call_wrappers
+            patches.update(context.config_patches)
+            used.append(setting)
     record.settings = settings.effective(used)
     for setting in used:
         if "annotation lost" in setting.place:
@@ -133,7 +140,7 @@ def run_passes(
                        "the annotation of the decorated module is missing: a graph break inside it", "FX602")
             )  # fmt: skip
     gm.recompile()
-    return gm, wrappers
+    return gm, wrappers, patches
 
 
 def run_pass(
@@ -144,7 +151,7 @@ def run_pass(
     setting: Setting,
     covers: Callable[[fx.Node], bool] | None,
     in_use: frozenset[str],
-) -> tuple[fx.GraphModule, list[Callable[[Compiled], Compiled]]]:
+) -> PassContext:
     """Run one technique with one setting; restore the graph and warn once when it fails."""
     technique = setting.technique
     kept_graph = _copy_graph(gm.graph)
@@ -174,7 +181,9 @@ def run_pass(
             f"({message}). The model runs without it; disable=({technique.name!r},) silences this, strict=True raises."
         )
         recorder.stage(technique.name, gm.graph, level=technique.level, seconds=time.perf_counter() - started)
-        return gm, []
+        context.call_wrappers.clear()
+        context.config_patches.clear()
+        return context
     record.remarks += context.remarks
     recorder.stage(
         technique.name, gm.graph, level=technique.level, seconds=time.perf_counter() - started, exact=technique.exact
@@ -191,7 +200,7 @@ def run_pass(
             f"fxopt: {message}. The model runs without it; disable=({technique.name!r},) silences this, strict=True "
             "raises."
         )
-    return gm, context.call_wrappers
+    return context
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -57,7 +57,7 @@ _backends: weakref.WeakKeyDictionary[nn.Module, dict[Settings, Backend]] = weakr
 def _backend(model: nn.Module, settings: Settings) -> Backend:
     made = _backends.setdefault(model, {})
     if settings not in made:
-        made[settings] = Backend(settings.owned(next(_owners)))
+        made[settings] = Backend(settings.owned(next(_owners)), model)
     reporting.set_owner(model, made[settings].settings.owner)
     return made[settings]
 

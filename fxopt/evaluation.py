@@ -1,11 +1,12 @@
 """`fxopt.evaluate`: what each technique costs in quality and brings in speed, on one model and one text.
 
-    table = fxopt.evaluate(model, "heldout.txt", fxopt.LayerSkip(skip=(9, 10)), fxopt.EarlyExit(layers=(6,), threshold=0.9))
-    print(table); table.to_json("table.json"); table.plot("frontier.png")
+    table = fxopt.evaluate(model, "heldout.txt", fxopt.LayerSkip(skip=(9, 10)), fxopt.EarlyExit(layers=(6,),
+    threshold=0.9)) print(table); table.to_json("table.json"); table.plot("frontier.png")
 
-Quality is measured on the compiled model against the unmodified one: bits per byte, perplexity per token, KL divergence and top-1
-agreement. A setting that acts in decode is scored token by token through `generate`, teacher-forced on a cache, because one forward over
-the text would take the path of a prompt; then every row of the table is scored on the same positions in the same way.
+Quality is measured on the compiled model against the unmodified one: bits per byte, perplexity per token, KL
+divergence and top-1 agreement. A setting that acts in decode is scored token by token through `generate`, teacher-
+forced on a cache, because one forward over the text would take the path of a prompt; then every row of the table is
+scored on the same positions in the same way.
 """
 
 from __future__ import annotations
@@ -63,7 +64,11 @@ class Table:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with `schema_version`, `info` and `rows`."""
-        return {"schema_version": SCHEMA_VERSION, "info": self.info, "rows": [dataclasses.asdict(row) for row in self.rows]}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "info": self.info,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
 
     def to_json(self, path: str | Path) -> Path:
         """Write `to_dict()`; the file appears whole or not at all."""
@@ -84,8 +89,12 @@ class Table:
         cells = [[title for title, _ in columns]] + [[show(row) for _, show in columns] for row in self.rows]
         filled = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in cells[1:])]
         widths = {i: max(len(line[i]) for line in cells) for i in filled}
-        lines = ["  ".join(line[i].ljust(widths[i]) if i == 0 else line[i].rjust(widths[i]) for i in filled) for line in cells]
-        note = f"{self.info['scored_tokens']} tokens scored in {self.info['score']}, context {self.info['context']}, {self.info['device']}"
+        lines = [
+            "  ".join(line[i].ljust(widths[i]) if i == 0 else line[i].rjust(widths[i]) for i in filled)
+            for line in cells
+        ]
+        i = self.info
+        note = f"{i['scored_tokens']} tokens scored in {i['score']}, context {i['context']}, {i['device']}"
         return "\n".join([*lines, f"= exact  ~ approximate   {note}"])
 
     def frontier(self) -> list[Row]:
@@ -98,7 +107,9 @@ class Table:
         return best[::-1]
 
     def plot(self, path: str | Path) -> Path:
-        """The speed-quality frontier: decode tokens per second against bits per byte (or log perplexity), lower and further right is better."""
+        """The speed-quality frontier: decode tokens per second against bits per byte (or log perplexity), lower and
+        further right is better.
+        """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -120,7 +131,9 @@ class Table:
             figure.savefig(part, dpi=150)
             os.replace(part, target)
         except OSError as error:
-            raise PermissionError(f"cannot write {target}: {error}. Give a path in a folder that you can write to") from error
+            raise PermissionError(
+                f"cannot write {target}: {error}. Give a path in a folder that you can write to"
+            ) from error
         return target
 
 
@@ -136,19 +149,24 @@ def _quality(row: Row) -> float | None:
 
 
 def write_whole(path: str | Path, text: str) -> Path:
-    """Write a file under another name and rename it. Raises PermissionError with the next step when the folder cannot be written."""
+    """Write a file under another name and rename it. Raises PermissionError with the next step when the folder cannot
+    be written.
+    """
     target = Path(path)
     part = target.with_name(target.name + ".part")
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, target)
     except OSError as error:
-        raise PermissionError(f"cannot write {target}: {error}. Give a path in a folder that you can write to") from error
+        raise PermissionError(
+            f"cannot write {target}: {error}. Give a path in a folder that you can write to"
+        ) from error
     return target
 
 
 def load_model(name_or_path: str | Path = "tinylm", dtype: Any = None) -> tuple[Any, Any]:
-    """A causal language model in eval mode and its tokenizer: `tinylm` for the shipped one, a folder, or a name on the hub.
+    """A causal language model in eval mode and its tokenizer: `tinylm` for the shipped one, a folder, or a name on
+    the hub.
 
     Raises FileNotFoundError, TypeError or ValueError that say what is wrong with the name or the checkpoint.
     """
@@ -170,18 +188,23 @@ def load_model(name_or_path: str | Path = "tinylm", dtype: Any = None) -> tuple[
         raise TypeError(f"{name_or_path} is not a causal language model: {error}") from error
     except OSError as error:
         raise FileNotFoundError(
-            f"cannot load {name_or_path}: it is neither a folder with a checkpoint nor a reachable name on the hub ({error})"
+            f"cannot load {name_or_path}: it is neither the folder of a checkpoint nor a reachable name on the hub "
+            f"({error})"
         ) from error
     return model.eval(), tokenizer
 
 
 def read_data(data: str | Path | Tensor | Sequence[int]) -> str | Tensor:
-    """The text or the token ids that `data` stands for: a path, a text, or ids. A one-line str that looks like a path is one."""
+    """The text or the token ids that `data` stands for: a path, a text, or ids. A one-line str that looks like a path
+    is one.
+    """
     if isinstance(data, Path):
         return scoring.read_text(data)
     if isinstance(data, str):
         single = len(data) < 1024 and "\n" not in data
-        if single and (Path(data).is_file() or (data.strip() and not data.count(" ") and ("/" in data or Path(data).suffix))):
+        if single and (
+            Path(data).is_file() or (data.strip() and not data.count(" ") and ("/" in data or Path(data).suffix))
+        ):
             return scoring.read_text(data)
         return data
     return torch.as_tensor(data).flatten()
@@ -214,7 +237,8 @@ def evaluate(
         tokenizer: found by the model's name or path when not given.
         context: tokens of a window.
         limit: tokens to score; 8192, or 1024 token by token.
-        score: "prompt" (one forward per window), "decode" (token by token after half a window), or "auto": "decode" as soon as one
+        score: "prompt" (one forward per window), "decode" (token by token after half a window), or "auto": "decode"
+            as soon as one
             candidate acts in decode.
         speed: measure tokens per second too, against eager and Inductor, with a prompt of half a window.
         decode_steps, rounds: tokens written per round, and rounds after the warm-up.
@@ -222,8 +246,8 @@ def evaluate(
 
     The model is left as it is: every candidate is compiled on a copy that shares its weights.
 
-    Raises TypeError for a model that is not a causal language model, FileNotFoundError and ValueError for a text that is missing, empty,
-    binary, or shorter than one context.
+    Raises TypeError for a model that is not a causal language model, FileNotFoundError and ValueError for a text that
+    is missing, empty, binary, or shorter than one context.
     """
     from fxopt.compiler import compile as compile_model
     from fxopt.meaning import shared_copy
@@ -241,7 +265,9 @@ def evaluate(
     if score == "auto":
         score = "decode" if any(acts_in_decode(t) for found in flat.values() for t in found) else "prompt"
     prompt = context // 2 if score == "decode" else 0
-    cut = _choose(scoring.windows(tokenizer, text, context, whole=True), limit or (8192 if score == "prompt" else 1024), prompt)
+    cut = _choose(
+        scoring.windows(tokenizer, text, context, whole=True), limit or (8192 if score == "prompt" else 1024), prompt
+    )
     original = shared_copy(model).eval()
     ready = {name: compile_model(shared_copy(model).eval(), *techniques) for name, techniques in named.items()}
     rows = {"eager": Row("eager", True)}
@@ -269,7 +295,8 @@ def evaluate(
     info = {
         "model": getattr(model.config, "name_or_path", "") or type(model).__name__, "context": context, "score": score,
         "scored_tokens": scored, "windows": len(cut), "device": str(next(model.parameters()).device),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }  # fmt: skip
     return Table(list(rows.values()), info)
 
@@ -277,7 +304,9 @@ def evaluate(
 def _quality_of(
     model: Any, original: Any, cut: list[scoring.Window], prompt: int, cache: str, name: str, show: bool
 ) -> dict[str, float | None]:
-    """The scores of one model on the chosen windows; the unmodified one is run beside it, since its logits are too large to keep."""
+    """The scores of one model on the chosen windows; the unmodified one is run beside it, since its logits are too
+    large to keep.
+    """
     device = next(original.parameters()).device
     sums = scoring.Divergence()
     for window in scoring.progress(cut, len(cut), name, show):
@@ -295,7 +324,9 @@ def _quality_of(
 
 
 def _ideal(original: nn.Module, techniques: tuple[Any, ...], prompt: Tensor, cache: str) -> float | None:
-    """How many times fewer FLOPs a decode step of the reference takes; None when the reference saves none or has data-dependent work."""
+    """How many times fewer FLOPs a decode step of the reference takes; None when the reference saves none or has
+    data-dependent work.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     from fxopt.meaning import reference
@@ -344,5 +375,7 @@ def _find_tokenizer(model: Any) -> Any:
 
     name = getattr(model.config, "name_or_path", "")
     if not name:
-        raise ValueError("the model has no name or path to find its tokenizer by; give tokenizer=..., or token ids as data")
+        raise ValueError(
+            "the model has no name or path to find its tokenizer by; give tokenizer=..., or token ids as data"
+        )
     return AutoTokenizer.from_pretrained(name)

@@ -37,7 +37,8 @@ def as_technique(name: str, value: Any) -> Technique | None:
         for key in value:
             if key not in fields:
                 raise SettingError(
-                    f"option {name!r} has no field {key!r}; {cls.__name__} has {', '.join(fields)}.{nearest(key, fields)}"
+                    f"option {name!r} has no field {key!r}; {cls.__name__} has {', '.join(fields)}."
+                    f"{nearest(key, fields)}"
                 )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
     if isinstance(value, cls):
@@ -89,7 +90,7 @@ class Settings:
         record: Any = None,
         mode: str | None = None,
     ) -> Settings:
-        """Check everything a user can write; raises :class:`SettingError` with the value, what is allowed, what to do."""
+        """Check everything a user can write; raises SettingError with what is allowed and what to do."""
         chosen, off = [], set()
         for name, value in (techniques or {}).items():
             if name not in Technique.registry:

@@ -51,7 +51,7 @@ def plan(
         describe(record, gm)
         recorder = Recorder(record, settings.record)
         recorder.stage("captured", gm.graph, level="torch", seconds=0.0)
-        rewritten, _ = run_passes(gm, record, recorder, settings)
+        rewritten, _, _ = run_passes(gm, record, recorder, settings)
         graphs.append(record)
         return rewritten.forward
 

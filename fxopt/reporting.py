@@ -252,7 +252,8 @@ def check_technique_name(name: str) -> str:
     """`name` if some technique or remark can have it; raises SettingError with the nearest."""
     if name not in Technique.registry:
         raise SettingError(
-            f"There is no technique {name!r}. Known: {', '.join(Technique.registry)}.{nearest(name, Technique.registry)}"
+            f"There is no technique {name!r}. Known: {', '.join(Technique.registry)}."
+            f"{nearest(name, Technique.registry)}"
         )
     return name
 

@@ -1,7 +1,7 @@
 """Scores of a causal language model: bits per byte, divergence, agreement, exits, and the speed of generation.
 
-All of it is plain PyTorch and Hugging Face `generate`; nothing here knows about graphs. `fxopt.evaluation` builds the comparison of
-techniques on it.
+All of it is plain PyTorch and Hugging Face `generate`; nothing here knows about graphs. `fxopt.evaluation` builds the
+comparison of techniques on it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Exit:
     """Share of positions at which the top-1 token is the full model's."""
 
 
-# --- what is scored ----------------------------------------------------------------------------------------------------
+# --- what is scored -------------------------------------------------------------------------------------------------
 
 
 def read_text(path: str | Path) -> str:
@@ -65,7 +65,9 @@ def read_text(path: str | Path) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); give a text file, not a binary one") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}); give a text file, not a binary one"
+        ) from error
     if "\x00" in text:
         raise ValueError(f"{path} holds NUL bytes; give a text file, not a binary one")
     return text
@@ -78,19 +80,25 @@ def require_causal(model: Any) -> nn.Module:
     """
     config = getattr(model, "config", None)
     generates = getattr(model, "can_generate", lambda: False)
-    if not isinstance(model, nn.Module) or config is None or not generates() or getattr(config, "is_encoder_decoder", False):
+    if (
+        not isinstance(model, nn.Module)
+        or config is None
+        or not generates()
+        or getattr(config, "is_encoder_decoder", False)
+    ):
         raise TypeError(
-            f"{type(model).__name__} is not a causal language model of Hugging Face (a decoder with a head, as AutoModelForCausalLM "
-            "loads it); quality is bits per byte of the next token, which other models do not predict"
+            f"{type(model).__name__} is not a causal language model of Hugging Face (a decoder with a head, as "
+            "AutoModelForCausalLM loads it); quality is bits per byte of the next token, which other models do not predict"
         )
     return model
 
 
 def windows(tokenizer: Any, text: str | Sequence[int] | Tensor, context: int, whole: bool = False) -> list[Window]:
-    """Cut a text into windows of at most `context` tokens that are predicted one by one, each without sight of the others.
+    """Cut a text into windows of at most `context` tokens that are predicted one by one, each without sight of the
+    others.
 
-    With a tokenizer that has a beginning-of-sequence token every token of the text is predicted once; without one (or for token ids) the
-    first token of each window is not. `whole` leaves out a last window that is shorter.
+    With a tokenizer that has a beginning-of-sequence token every token of the text is predicted once; without one (or
+    for token ids) the first token of each window is not. `whole` leaves out a last window that is shorter.
 
     Raises ValueError when the text is empty or shorter than one context.
     """
@@ -104,7 +112,10 @@ def windows(tokenizer: Any, text: str | Sequence[int] | Tensor, context: int, wh
         ids = torch.as_tensor(text).flatten()
         sizes = torch.zeros_like(ids)
     if len(ids) < context:
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than one context of {context}; give a longer text or a smaller context")
+        raise ValueError(
+            f"the text has {len(ids)} tokens, fewer than one context of {context}; "
+            "give a longer text or a smaller context"
+        )
     first = getattr(tokenizer, "bos_token_id", None)
     found = []
     for start in range(0, len(ids), context):
@@ -145,7 +156,7 @@ def progress(items: Iterable[Item], total: int, text: str, show: bool = True) ->
     yield from items
 
 
-# --- quality -----------------------------------------------------------------------------------------------------------
+# --- quality ---------------------------------------------------------------------------------------------------------
 
 
 def final_norm_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -195,7 +206,9 @@ def nll_bits(logits: Tensor, targets: Tensor) -> float:
 def exit_scores(
     model: Any, tokenizer: Any, text: str, context: int = 512, depths: Sequence[int] | None = None, show: bool = False
 ) -> list[Exit]:
-    """Quality at each depth (a count of layers that have run; all of them when not given), from one pass over the text."""
+    """Quality at each depth (a count of layers that have run; all of them when not given), from one pass over the
+    text.
+    """
     require_causal(model)
     layers = model.config.get_text_config().num_hidden_layers
     depths = list(depths) if depths is not None else list(range(1, layers + 1))
@@ -251,7 +264,7 @@ class Divergence:
         }
 
 
-# --- generation: teacher-forced scores and speed -----------------------------------------------------------------------
+# --- generation: teacher-forced scores and speed ---------------------------------------------------------------------
 
 
 class _Forced:
@@ -271,7 +284,9 @@ class _Forced:
 
 @dataclass(frozen=True)
 class Forced:
-    """What a teacher-forced generation gave: logits [N, V] for the N forced tokens, seconds of the prompt, seconds of each later step."""
+    """What a teacher-forced generation gave: logits [N, V] for the N forced tokens, seconds of the prompt, seconds of
+    each later step.
+    """
 
     logits: Tensor | None
     prompt_seconds: float
@@ -279,7 +294,8 @@ class Forced:
 
 
 def force(model: Any, prompt: Tensor, tokens: Sequence[int], cache: str = "static", keep_logits: bool = True) -> Forced:
-    """Let `generate` read prompt [S] and then write `tokens`, whatever it would have liked to write, through its own cache.
+    """Let `generate` read prompt [S] and then write `tokens`, whatever it would have liked to write, through its own
+    cache.
 
     This is how a setting that acts in decode is scored: one forward over the text would take the path of a prompt.
     """
@@ -289,21 +305,27 @@ def force(model: Any, prompt: Tensor, tokens: Sequence[int], cache: str = "stati
     never = model.config.get_text_config().vocab_size  # no token has this id, so nothing ends the text early
     watch = _Forced(tokens, len(prompt))
     settings = GenerationConfig(
-        max_new_tokens=len(tokens), do_sample=False, use_cache=True, cache_implementation=cache, eos_token_id=never, pad_token_id=0,
+        max_new_tokens=len(tokens), do_sample=False, use_cache=True, cache_implementation=cache,
+        eos_token_id=never, pad_token_id=0,
         output_logits=keep_logits, return_dict_in_generate=True, disable_compile=True,
     )  # fmt: skip
     ids = prompt[None].to(device)
     with torch.no_grad():
         began = time.perf_counter()
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=LogitsProcessorList([watch])
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([watch]),
         )
     steps = [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)]
     return Forced(torch.cat(out.logits) if keep_logits else None, watch.times[0] - began, steps)
 
 
 def decode_logits(model: Any, window: Window, prompt: int, cache: str = "static") -> Tensor:
-    """Logits [S - prompt + 1, V] of the last positions of a window, token by token on a cache after a prompt of `prompt` tokens."""
+    """Logits [S - prompt + 1, V] of the last positions of a window, token by token on a cache after a prompt of
+    `prompt` tokens.
+    """
     forced = force(model, window.inputs[:prompt], window.targets[prompt - 1 :].tolist(), cache)
     assert forced.logits is not None
     return forced.logits
@@ -313,8 +335,9 @@ def speeds(models: dict[str, Any], prompt: Tensor, steps: int, rounds: int, cach
            setting: Callable[[], Any] = nullcontext) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Tokens per second of prefill and decode for each model, by medians over interleaved rounds.
 
-    Every round lets each model read the prompt [S] and write `steps` tokens; the models take turns, so that a machine that slows down
-    slows all of them. `setting` gives a context manager to run in. The first round warms up (and compiles) and does not count.
+    Every round lets each model read the prompt [S] and write `steps` tokens; the models take turns, so that a machine
+    that slows down slows all of them. `setting` gives a context manager to run in. The first round warms up (and
+    compiles) and does not count.
     """
     prefill: dict[str, list[float]] = {name: [] for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}

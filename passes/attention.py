@@ -14,7 +14,6 @@ in any order that is still ``scale``, ``soft_cap``, additive terms, softmax. Wha
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch import fx
 
 from fxopt.passes.attention_scores import Bias, Differs, WrittenOut, read_written_out
 from fxopt.passes.nodes import argument, is_tensor, name_of, number_of, same, value_of
-from fxopt.passes.rewriter import Rewriter
 
 
 @dataclass(frozen=True)
@@ -247,65 +245,3 @@ def unrepeated(node: fx.Node) -> fx.Node:
     repeats = all(same(a, b) for a, b in zip(small, (wide[0], wide[1], wide[3], wide[4]), strict=True))
     merged = all(same(a, b) for a, b in zip(full.shape, (wide[0], wide[1] * wide[2], wide[3], wide[4]), strict=True))
     return source if repeats and merged else node  # type: ignore[return-value]
-
-
-# -- rewriting --------------------------------------------------------------------------------------------------------
-
-
-def mask_node(site: AttentionSite, rewriter: Rewriter) -> fx.Node | None:
-    """All additive terms of a site as one mask, made of new nodes before its output where it takes more than one."""
-    total: fx.Node | None = None
-    for bias in reversed(site.biases):
-        node = bias.node
-        if bias.fill is not None:
-            low, zero = (bias.fill, 0.0) if bias.where else (0.0, bias.fill)
-            # Scores kept in float32 are filled with a number that a half cannot hold.
-            dtype = site.dtype if bias.fill >= torch.finfo(site.dtype).min else torch.float32
-            fill = rewriter.call(torch.full, ((), low), {"dtype": dtype, "device": site.device}, like=site.output)
-            rest = rewriter.call(torch.full, ((), zero), {"dtype": dtype, "device": site.device}, like=site.output)
-            node = rewriter.call(torch.where, (node, fill, rest), like=site.output)
-        elif bias.multiplier != 1.0:
-            node = rewriter.call(operator.mul, (node, bias.multiplier), like=site.output)
-        total = node if total is None else rewriter.call(operator.add, (node, total), like=site.output)
-    return total
-
-
-def replace_output(site: AttentionSite, new: fx.Node, rewriter: Rewriter) -> None:
-    """Let readers of a site's output read `new`, in the memory layout they were promised, and erase what is left."""
-    old, made = value_of(site.output), value_of(new)
-    if _strides(old) != _strides(made) and old.is_contiguous():
-        new = rewriter.method("contiguous", (new,), like=site.output, before=site.output.next)
-    rewriter.replace(site.output, new)
-    rewriter.erase(_only_for(site))
-
-
-def _strides(value: torch.Tensor) -> list[Any]:
-    pairs = zip(value.stride(), value.shape, strict=True)
-    return [stride for stride, size in pairs if not (isinstance(size, int) and size == 1)]
-
-
-_LEADING_VIEWS = frozenset(
-    "expand reshape view unsqueeze getitem contiguous transpose repeat_interleave permute".split()
-)
-
-
-def _only_for(site: AttentionSite) -> set[fx.Node]:
-    """The interior of a site and the views that led to it; :meth:`Rewriter.erase` keeps those that others read."""
-    found = set(site.interior)
-    pending = [a for node in site.interior for a in node.all_input_nodes]
-    while pending:
-        node = pending.pop()
-        if node not in found and name_of(node) in _LEADING_VIEWS:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
-
-
-def earliest(site: AttentionSite) -> fx.Node:
-    """The first node of a site in the graph's order that reads keys or values, copies for repeated heads included."""
-    own = set(site.interior)
-    for read, bare in zip(site.attended, (site.key, site.value), strict=True):
-        while read is not bare:
-            own.add(read)
-            read = read.all_input_nodes[0]
-    return next(node for node in site.output.graph.nodes if node in own)

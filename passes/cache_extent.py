@@ -17,9 +17,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxopt.passes.attention import AttentionSite, earliest, find_attentions, mask_node
+from fxopt.passes.attention import AttentionSite, find_attentions
+from fxopt.passes.attention_rewrite import attend, earliest, mask_node, records_gradients
 from fxopt.passes.context import PassContext
-from fxopt.passes.gqa_packing import attend, records_gradients
 from fxopt.passes.kv import cache_of, written_between
 from fxopt.passes.masks import read_extent_node
 from fxopt.passes.nodes import same, value_of

@@ -1,10 +1,10 @@
-"""What a pass is given besides the graph: its setting's reach, the rewriter, the structure, and the ear that listens."""
+"""What a pass is given besides the graph: its setting's reach, the rewriter, the structure, and an ear."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -46,6 +46,8 @@ class PassContext:
         self.remarks: list[Remark] = []
         self.call_wrappers: list[Callable[[Callable[..., object]], Callable[..., object]]] = []
         """Wrappers put around the compiled callable, for decisions that need a value of the call."""
+        self.config_patches: dict[str, Any] = {}
+        """Inductor settings that the rewritten graph needs."""
         self._covers = covers
 
     def covers(self, node: fx.Node) -> bool:

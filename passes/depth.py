@@ -10,7 +10,7 @@ layer that is skipped in some steps only) the cache does advance, by all-zero ro
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +73,16 @@ def backward_slice(start: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Nod
 
 def is_partial(stack: Stack, graph: fx.Graph) -> bool:
     """Whether a graph break left only some layers of the stack in this graph."""
-    if stack.layers[0].index != 0:
+    if stack.layers[0].index != 0 or not is_placed(stack):
         return True
     reason = getattr(graph.owning_module, "compile_subgraph_reason", None)
     broken = bool(getattr(reason, "graph_break", False))
     return broken and all(user.op == "output" for user in stack.layers[-1].output.users)
+
+
+def is_placed(stack: Stack) -> bool:
+    """Whether the numbers of its layers are known: a layer that was compiled on its own has none."""
+    return stack.layers[0].path[-1:].isdigit() or len(stack.layers) > 1
 
 
 def phase_of(layer: Layer) -> str:
@@ -116,13 +121,13 @@ def skip_layer(layer: Layer, context: PassContext, *, keep_rows: bool) -> int:
     return _prune(layer, rewriter, discard_cache=not keep_rows)
 
 
-def skip_parts(layer: Layer, parts: Iterable[Part], context: PassContext, *, keep_rows: bool) -> int:
+def skip_parts(layer: Layer, parts: Sequence[Part], context: PassContext, *, keep_rows: bool) -> int:
     """Drop the contribution of `parts` to the residual stream; returns the number of erased nodes."""
     rewriter = context.rewriter
     attention = [part for part in parts if part.kind == "attention"]
     if attention and keep_rows:
         cache_rows.write_empty_rows(layer, rewriter)
-    for part in parts:
+    for part in reversed(parts):
         _bypass(part.add, part.stream, rewriter)
     if attention and not keep_rows:
         _put_stand_ins(layer, rewriter)
@@ -133,6 +138,8 @@ def _bypass(node: fx.Node, by: fx.Node, rewriter: Rewriter) -> None:
     if value(node).dtype != value(by).dtype:
         by = rewriter.method("to", (by, value(node).dtype), like=node, after=node)
     rewriter.replace(node, by, only=lambda user: user is not by)
+    if writes_in_place(node):  # x += part: the addition would still happen, in the memory of x
+        rewriter.erase([node])
 
 
 def _is_cache_like(node: fx.Node) -> bool:
@@ -142,7 +149,8 @@ def _is_cache_like(node: fx.Node) -> bool:
 
 def _prune(layer: Layer, rewriter: Rewriter, *, discard_cache: bool) -> int:
     """Erase the nodes of `layer` that nothing outside needs: neither a reader nor an effect that has to stay."""
-    inside = {node for node in layer.nodes if node.graph is rewriter.graph}
+    present = set(rewriter.graph.nodes)
+    inside = {node for node in layer.nodes if node in present}
     effects = [node for node in inside if writes_in_place(node)]
 
     def discarded(node: fx.Node) -> bool:

@@ -17,21 +17,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
-from torch.nn import functional as F
 
-import fxopt.codegen.ops.attention  # noqa: F401  (registers the operator)
-from fxopt.passes.attention import (
-    AttentionSite,
+from fxopt.passes.attention import AttentionSite, find_attentions
+from fxopt.passes.attention_rewrite import (
+    attend,
     earliest,
-    find_attentions,
+    library_attention,
+    library_groups,
     mask_node,
-    replace_output,
+    records_gradients,
 )
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import written_between
-from fxopt.passes.nodes import value_of
 from fxopt.passes.technique import Technique
 
 DECODE_TOKENS = 16
@@ -86,47 +84,3 @@ class GqaPacking(Technique):
             context.applied(site.output, f"{site.describe()}: repetition left to the library's enable_gqa")
         else:
             context.missed("FX201", site.output, f"the library groups heads in half precision only, not {site.dtype}")
-
-
-def records_gradients(site: AttentionSite) -> bool:
-    """Whether the graph will be differentiated through this attention."""
-    return bool(value_of(site.output).requires_grad)
-
-
-def library_groups(site: AttentionSite) -> bool:
-    """Whether ``scaled_dot_product_attention`` has a kernel for ``enable_gqa`` without a mask here."""
-    width = value_of(site.query).shape[3]
-    return site.device.type == "cpu" or (
-        site.dtype in (torch.float16, torch.bfloat16) and isinstance(width, int) and width <= 256
-    )
-
-
-def attend(site: AttentionSite, context: PassContext, mask: fx.Node | None, extent: fx.Node | None = None) -> fx.Node:
-    """Put ``fxopt.attention`` with that mask (see :func:`mask_node`) in the place of a site; returns the new node."""
-    options = {
-        "mask": mask,
-        "extent": extent,
-        "sinks": site.sinks,
-        "scale": site.scale,
-        "is_causal": site.is_causal,
-        "soft_cap": site.soft_cap,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    inputs = (site.query, site.key, site.value)
-    new = context.rewriter.call(torch.ops.fxopt.attention.default, inputs, given, like=site.output, before=site.output)
-    replace_output(site, new, context.rewriter)
-    return new
-
-
-def library_attention(site: AttentionSite, context: PassContext, *, is_causal: bool) -> fx.Node:
-    """Put a ``scaled_dot_product_attention`` without a mask in the place of a site; returns the new node."""
-    grouped = site.group > 1 and library_groups(site)
-    key, value = (site.key, site.value) if grouped else site.attended
-    options: dict[str, object] = {"is_causal": is_causal, "scale": site.scale}
-    if grouped:
-        options["enable_gqa"] = True
-    new = context.rewriter.call(
-        F.scaled_dot_product_attention, (site.query, key, value), options, like=site.output, before=site.output
-    )
-    replace_output(site, new, context.rewriter)
-    return new

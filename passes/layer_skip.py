@@ -99,8 +99,8 @@ class LayerSkip(Technique):
                 )
             if self.rule == "unified" and self.speedup < 2:
                 raise SettingError(
-                    f"LayerSkip(speedup={self.speedup!r}, rule='unified'): the rule is defined for speedup >= 2 (below, "
-                    "it drops one contiguous run of layers); use rule='balanced'."
+                    f"LayerSkip(speedup={self.speedup!r}, rule='unified'): the rule is defined for speedup >= 2 "
+                    "(below, it drops one contiguous run of layers); use rule='balanced'."
                 )
         elif self.rule != "balanced":
             raise SettingError(
@@ -176,16 +176,24 @@ class LayerSkip(Technique):
             covered = [layer for layer in stack.layers if any(context.covers(n) for n in layer.nodes)]
             if not covered:
                 continue
-            for layer in self._skipped(stack, context):
+            begin = len(context.remarks)
+            # Last layer first: a layer's input is the output of the one before, which must still be in the graph.
+            for layer in reversed(self._skipped(stack, context)):
                 if layer not in covered:
                     context.blocked("FX504", layer.path, f"layer {layer.index} is outside of the modules of {self}")
                 else:
                     self._rewrite_layer(layer, stack, original, context)
+            context.remarks[begin:] = reversed(context.remarks[begin:])
         original.finish(context)
 
     def _skipped(self, stack: Stack, context: PassContext) -> list[Layer]:
         numbers = [layer.index for layer in stack.layers]
         count = max(numbers) + 1
+        if not depth.is_placed(stack):
+            context.missed(
+                "FX505", stack.path, "one layer compiled on its own: its number is not known; compile the whole model"
+            )
+            return []
         broken = depth.is_partial(stack, context.graph)
         if broken and (self.speedup is not None or any(i < 0 for i in (*(self.skip or ()), *(self.keep or ())))):
             context.blocked(
@@ -197,7 +205,7 @@ class LayerSkip(Technique):
             named = set(self.skip if self.skip is not None else self.keep or ())
             beyond = sorted(i for i in named if i >= count)
             if beyond:
-                context.missed("FX505", stack.path, f"layers {beyond} are not in this graph")
+                context.note(stack.path, f"layers {beyond} are not in this graph", code="FX505")
             return [layer for layer in stack.layers if (layer.index in named) == (self.skip is not None)]
         kept = self.kept(count)
         return [layer for layer in stack.layers if layer.index not in kept]

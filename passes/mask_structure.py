@@ -17,9 +17,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxopt.passes.attention import AttentionSite, earliest, find_attentions
+from fxopt.passes.attention import AttentionSite, find_attentions
+from fxopt.passes.attention_rewrite import earliest, library_attention, records_gradients
 from fxopt.passes.context import PassContext
-from fxopt.passes.gqa_packing import library_attention, records_gradients
 from fxopt.passes.kv import written_between
 from fxopt.passes.masks import MaskFacts, ancestors, facts_of
 from fxopt.passes.technique import Technique
@@ -36,6 +36,7 @@ class MaskStructure(Technique):
     def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
         """Say of every mask what it hides, and drop those that the library knows by name."""
         known: dict[fx.Node, MaskFacts] = {}
+        made: dict[fx.Node, None] = {}
         for site in find_attentions(graph)[0]:
             if site.form == "fxopt" or not site.biases or not context.covers(site.output):
                 continue
@@ -45,7 +46,9 @@ class MaskStructure(Technique):
                 continue
             if mask not in known:
                 known[mask] = facts_of(mask)
+                made.update(dict.fromkeys(ancestors(mask)))
             self._replace(site, mask, known[mask], context)
+        context.rewriter.erase(node for node in graph.nodes if node in made)
 
     def _replace(self, site: AttentionSite, mask: fx.Node, facts: MaskFacts, context: PassContext) -> None:
         square = facts.kind == "causal" and facts.offset == 0 and site.tokens == site.length
@@ -63,6 +66,4 @@ class MaskStructure(Technique):
             context.blocked("FX206", site.output, "the cache is written while it is being attended to")
             return
         library_attention(site, context, is_causal=square)
-        pure = [node for node in ancestors(mask) if node.op != "placeholder"]
-        context.rewriter.erase(pure)
         context.applied(site.output, f"mask {mask.name}: {facts}; handed to the library by name")

@@ -28,6 +28,9 @@ _PURE = frozenset(
 )
 
 
+_SIZE_ONLY = frozenset("new_zeros new_ones new_full zeros_like ones_like full_like".split())
+
+
 @dataclass(frozen=True)
 class MaskFacts:
     """What is known of a mask over T queries and S keys.
@@ -110,8 +113,13 @@ def ancestors(node: fx.Node) -> list[fx.Node]:
             order.setdefault(current)
         elif current not in order:
             pending.append((current, True))
-            pending += [(a, False) for a in current.all_input_nodes if a not in order]
+            pending += [(a, False) for a in _read_by(current) if a not in order]
     return list(order)
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """Inputs whose values matter to `node`; ``x.new_ones(...)`` looks at the dtype and size of x alone."""
+    return node.all_input_nodes[1:] if name_of(node) in _SIZE_ONLY else node.all_input_nodes
 
 
 def constant_value(node: fx.Node) -> torch.Tensor:
@@ -132,7 +140,10 @@ def constant_value(node: fx.Node) -> torch.Tensor:
             raise NotConstant(f"{current.name} is written in place")
     results: dict[fx.Node, Any] = {}
     for current in line:
-        args, kwargs = fx.map_arg((current.args, current.kwargs), results.__getitem__)
+        args, kwargs = fx.map_arg((current.args, current.kwargs), lambda n: results.get(n, n))
+        if name_of(current) in _SIZE_ONLY and isinstance(args[0], fx.Node):
+            like = value_of(args[0])
+            args = (torch.empty((), dtype=like.dtype).expand(like.shape), *args[1:])
         args, kwargs = _on_cpu(args), _on_cpu(kwargs)
         if current.op == "call_method":
             results[current] = getattr(args[0], str(current.target))(*args[1:], **kwargs)

@@ -7,7 +7,7 @@ AOTAutograd carries down to the ATen graph.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import fx
 
@@ -69,6 +69,23 @@ def number_nodes(graph: fx.Graph) -> None:
         custom = dict(node.meta.get("custom") or {})
         custom[ID] = number
         node.meta["custom"] = custom
+
+
+def name_modules(graph: fx.Graph, paths: Mapping[str, tuple[str, type]]) -> None:
+    """Write the path in the model into the module stack of each node, where ``id`` and class of a module are known.
+
+    Dynamo names a module by how the frame reaches it. After a graph break inside a loop over layers that is a local
+    variable, which says nothing about the layer's place.
+    """
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if not stack:
+            continue
+        for key, (name, cls) in list(stack.items()):
+            known = paths.get(key.split("@")[0])
+            if known is not None and known[1] is cls and known[0] and clean_path(name) != known[0]:
+                stack = {**stack, key: (f"L['self'].{known[0]}", cls)}
+        node.meta["nn_module_stack"] = stack
 
 
 def node_id(node: fx.Node) -> int:

@@ -171,7 +171,7 @@ def verify(graph: fx.Graph) -> None:
     try:
         graph.lint()
     except RuntimeError as error:
-        raise PassError(f"the graph does not lint: {error}") from error
+        raise PassError(f"the graph does not lint: {str(error).splitlines()[0][:200]}") from error
     lost = provenance.orphans(graph)
     if lost:
         raise PassError(

@@ -41,8 +41,9 @@ _PLAIN_PACKAGES = ("torch", "_operator", "operator", "builtins", "math")
 class Part:
     """What a layer adds to its residual stream at one place.
 
-    Skipping the part means replacing `add` by `stream`. Where attention and MLP run in parallel and are summed before
-    they join the stream, each one's `stream` is the other: skip either, and for both skip the layer.
+    Skipping the part means replacing `add` by `stream` and erasing `add`, which may be in place (``x += branch``).
+    Where attention and MLP run in parallel and are summed before they join the stream, each one's `stream` is the
+    other: skip either, and for both skip the layer.
     """
 
     kind: Kind

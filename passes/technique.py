@@ -184,8 +184,8 @@ def _stable(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_stable(v) for v in value]
     if inspect.isfunction(value):
-        code = value.__code__
-        return f"{value.__module__}.{value.__qualname__}:{hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()[:12]}"
+        body = hashlib.sha256(value.__code__.co_code + repr(value.__code__.co_names).encode()).hexdigest()[:12]
+        return f"{value.__module__}.{value.__qualname__}:{body}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [
             type(value).__qualname__,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxopt.codegen.kernels.attention import DecodeAttention
+from fxopt.codegen.kernels.attention_variants import DecodeAttention
 
 
 def reference(

@@ -3,6 +3,10 @@
 The templates below have a margin: a line belongs to a variant when every name left of the first `|` holds for it
 (`!name`: does not hold). `$NAME` is filled in. What comes out has no branches on the variant any more.
 
+vector   one query row behind each KV head: sums instead of matrix products; tile: several rows, a tile of them
+shared   one mask row for all query rows of a batch row; own: each query row has its own
+pad_d    the number of channels is no power of two (pad_dv: of the value)
+
 Method: FlashDecoding (one program per KV head and split of the cache; a second kernel sums the splits) with the unified
 maximum of FlashDecoding++ (arXiv 2311.01282): a constant phi subtracted instead of the row maximum leaves softmax as it
 is, so numerators and denominators of all splits are plain sums.
@@ -22,263 +26,265 @@ import triton.language as tl
 '''
 
 SPLIT = """
-            | @triton.jit(do_not_specialize=[$unspecialized])
-            | def $symbol(
-            |     query,  # [B, Hq, T, D]
-            |     key,  # [B, Hkv, S, D]
-            |     value,  # [B, Hkv, S, DV]
-            |     numerator,  # [B, Hkv, splits, R, DV], R = G * T query rows of one KV head
-            |     denominator,  # [B, Hkv, splits, R]
-            |     maximum,  # [B, Hkv, splits, R]
-async       |     phi,  # [B, Hkv, R], the unified maximum; mostly the same for all of a KV head
-recompute   |     flags,  # [B, Hkv, R], nonzero where the unified maximum did not fit
-mask        |     mask,  # [B, Hq, T, S]
-alibi       |     slopes,  # [Hq]
-extent      |     extent,  # [B], number of filled cache positions
-            |     scale,
-            |     length,  # S
-            |     splits,
-            |     kv_heads,
-            |     query_batch,
-            |     query_head,
-            |     query_token,
-            |     query_dim,
-            |     key_batch,
-            |     key_head,
-            |     key_position,
-            |     key_dim,
-            |     value_batch,
-            |     value_head,
-            |     value_position,
-            |     value_dim,
-async       |     phi_batch,
-async       |     phi_head,
-async       |     phi_row,
-mask        |     mask_batch,
-mask !shared|     mask_head,
-mask !shared|     mask_token,
-mask        |     mask_position,
-            | ):
-            |     G: tl.constexpr = $G  # query heads per KV head
-            |     T: tl.constexpr = $T  # query tokens
-            |     D: tl.constexpr = $D  # channels of query and key
-            |     DV: tl.constexpr = $DV  # channels of value
-            |     R: tl.constexpr = $R  # query rows, all of one KV head
-            |     SPLIT: tl.constexpr = $SPLIT  # cache positions of one program
-            |     BM: tl.constexpr = $BM
-            |     BN: tl.constexpr = $BN
-            |     BD: tl.constexpr = $BD
-            |     BDV: tl.constexpr = $BDV
-            |     LOG2E: tl.constexpr = 1.4426950408889634
-            |
-            |     pair = tl.program_id(0)
-            |     split = tl.program_id(1)
-            |     batch = (pair // kv_heads).to(tl.int64)
-            |     head = (pair % kv_heads).to(tl.int64)
-!vector     |     row = $tile_origin + tl.arange(0, BM)
-!vector     |     group = row // T
-!vector     |     token = row % T
-!vector     |     in_rows = row < R
-recompute !vector |     flagged = tl.load(flags + pair.to(tl.int64) * R + row, mask=in_rows, other=0)
-recompute !vector |     if tl.max(flagged, 0) == 0:
-recompute vector  |     if tl.load(flags + pair) == 0:
-recompute   |         return
-extent      |     end = tl.maximum(tl.minimum(tl.load(extent + batch), length), 0).to(tl.int32)
-!extent     |     end = length
-            |     first = split * SPLIT
-            |     last = tl.minimum(first + SPLIT, end)
-            |     if first >= end:
-            |         return
-window      |     # No query token sees further back than the first one does.
-window      |     if last <= end - T - $WINDOW + 1:
-window      |         return
-            |
-            |     n = tl.arange(0, BN)
-            |     d = tl.arange(0, BD)
-            |     dv = tl.arange(0, BDV)
-vector      |     q_at = query + batch * query_batch + head * query_head
-!vector     |     q_at = query + batch * query_batch + (head * G + group)[:, None] * query_head + token[:, None] * query_token
-vector !pad_d  |     q = tl.load(q_at + d * query_dim).to(tl.float32)  # [BD]
-vector pad_d   |     q = tl.load(q_at + d * query_dim, mask=d < D, other=0.0).to(tl.float32)  # [BD]
-!vector !pad_d |     q = tl.load(q_at + d[None, :] * query_dim, mask=in_rows[:, None], other=0.0)  # [BM, BD]
-!vector pad_d  |     q = tl.load(q_at + d[None, :] * query_dim, mask=in_rows[:, None] & (d < D)[None, :], other=0.0)  # [BM, BD]
-            |     # Offsets within a tile do not change; only a scalar moves along the cache.
-            |     k_at = key + batch * key_batch + head * key_head
-            |     k_at += n.to(tl.int64)[:, None] * key_position + d[None, :] * key_dim  # [BN, BD]
-            |     v_at = value + batch * value_batch + head * value_head
-            |     v_at += n.to(tl.int64)[:, None] * value_position + dv[None, :] * value_dim  # [BN, BDV]
-mask shared |     mask_at = mask + batch * mask_batch + n * mask_position  # [BN]
-mask !shared !vector |     mask_at = mask + batch * mask_batch + (head * G + group)[:, None] * mask_head + token[:, None] * mask_token
-mask !shared !vector |     mask_at += n[None, :] * mask_position  # [BM, BN]
-mask !shared vector  |     mask_at = mask + batch * mask_batch + head * mask_head + n * mask_position  # [BN]
-position !vector |     position = end - T + token  # [BM]
+                 | @triton.jit(do_not_specialize=[$unspecialized])
+                 | def $symbol(
+                 |     query,  # [B, Hq, T, D]
+                 |     key,  # [B, Hkv, S, D]
+                 |     value,  # [B, Hkv, S, DV]
+                 |     numerator,  # [B, Hkv, splits, R, DV], R = G * T query rows of one KV head
+                 |     denominator,  # [B, Hkv, splits, R]
+                 |     maximum,  # [B, Hkv, splits, R]
+async            |     phi,  # [B, Hkv, R], the unified maximum; mostly the same for all of a KV head
+recompute        |     flags,  # [B, Hkv, R], nonzero where the unified maximum did not fit
+mask             |     mask,  # [B, Hq, T, S]
+alibi            |     slopes,  # [Hq]
+extent           |     extent,  # [B], number of filled cache positions
+                 |     scale,
+                 |     length,  # S
+                 |     splits,
+                 |     kv_heads,
+                 |     query_batch,
+                 |     query_head,
+                 |     query_token,
+                 |     query_dim,
+                 |     key_batch,
+                 |     key_head,
+                 |     key_position,
+                 |     key_dim,
+                 |     value_batch,
+                 |     value_head,
+                 |     value_position,
+                 |     value_dim,
+async            |     phi_batch,
+async            |     phi_head,
+async            |     phi_row,
+mask             |     mask_batch,
+mask own         |     mask_head,
+mask own         |     mask_token,
+mask             |     mask_position,
+                 | ):
+                 |     G: tl.constexpr = $G  # query heads per KV head
+                 |     T: tl.constexpr = $T  # query tokens
+                 |     D: tl.constexpr = $D  # channels of query and key
+                 |     DV: tl.constexpr = $DV  # channels of value
+                 |     R: tl.constexpr = $R  # query rows, all of one KV head
+                 |     SPLIT: tl.constexpr = $SPLIT  # cache positions of one program
+                 |     BM: tl.constexpr = $BM
+                 |     BN: tl.constexpr = $BN
+                 |     BD: tl.constexpr = $BD
+                 |     BDV: tl.constexpr = $BDV
+                 |     LOG2E: tl.constexpr = 1.4426950408889634
+                 |
+                 |     pair = tl.program_id(0)
+                 |     split = tl.program_id(1)
+                 |     batch = (pair // kv_heads).to(tl.int64)
+                 |     head = (pair % kv_heads).to(tl.int64)
+tile             |     row = $tile_origin + tl.arange(0, BM)
+tile             |     group = row // T
+tile             |     token = row % T
+tile             |     in_rows = row < R
+recompute tile   |     flagged = tl.load(flags + pair.to(tl.int64) * R + row, mask=in_rows, other=0)
+recompute tile   |     if tl.max(flagged, 0) == 0:
+recompute vector |     if tl.load(flags + pair) == 0:
+recompute        |         return
+extent           |     end = tl.maximum(tl.minimum(tl.load(extent + batch), length), 0).to(tl.int32)
+!extent          |     end = length
+                 |     first = split * SPLIT
+                 |     last = tl.minimum(first + SPLIT, end)
+                 |     if first >= end:
+                 |         return
+window           |     # No query token sees further back than the first one does.
+window           |     if last <= end - T - $WINDOW + 1:
+window           |         return
+                 |
+                 |     n = tl.arange(0, BN)
+                 |     d = tl.arange(0, BD)
+                 |     dv = tl.arange(0, BDV)
+vector           |     q_at = query + batch * query_batch + head * query_head + d * query_dim
+tile             |     q_at = query + batch * query_batch + (head * G + group)[:, None] * query_head
+tile             |     q_at += token[:, None] * query_token + d[None, :] * query_dim
+vector !pad_d    |     q = tl.load(q_at).to(tl.float32)  # [BD]
+vector pad_d     |     q = tl.load(q_at, mask=d < D, other=0.0).to(tl.float32)  # [BD]
+tile !pad_d      |     q = tl.load(q_at, mask=in_rows[:, None], other=0.0)  # [BM, BD]
+tile pad_d       |     q = tl.load(q_at, mask=in_rows[:, None] & (d < D)[None, :], other=0.0)  # [BM, BD]
+                 |     # Offsets within a tile do not change; only a scalar moves along the cache.
+                 |     k_at = key + batch * key_batch + head * key_head
+                 |     k_at += n.to(tl.int64)[:, None] * key_position + d[None, :] * key_dim  # [BN, BD]
+                 |     v_at = value + batch * value_batch + head * value_head
+                 |     v_at += n.to(tl.int64)[:, None] * value_position + dv[None, :] * value_dim  # [BN, BDV]
+mask shared      |     mask_at = mask + batch * mask_batch + n * mask_position  # [BN]
+mask own tile    |     mask_at = mask + batch * mask_batch + (head * G + group)[:, None] * mask_head
+mask own tile    |     mask_at += token[:, None] * mask_token + n[None, :] * mask_position  # [BM, BN]
+mask own vector  |     mask_at = mask + batch * mask_batch + head * mask_head + n * mask_position  # [BN]
+position tile    |     position = end - T + token  # [BM]
 position vector  |     position = end - 1
-alibi !vector |     slope = tl.load(slopes + head * G + group, mask=in_rows, other=0.0).to(tl.float32) * LOG2E
-alibi vector  |     slope = tl.load(slopes + head).to(tl.float32) * LOG2E
-async !vector |     phi_at = phi + batch * phi_batch + head * phi_head + row * phi_row
-async !vector |     unified = tl.load(phi_at, mask=in_rows, other=0.0) * LOG2E  # [BM]
-async vector  |     unified = tl.load(phi + batch * phi_batch + head * phi_head) * LOG2E
-            |
-async       |     # Kept elementwise: the loop has no reduction across threads, and one follows it.
-async !vector |     weights = tl.zeros([BM, BN], tl.float32)
-async !vector |     highest = tl.full([BM, BN], float("-inf"), tl.float32)
-async vector  |     weights = tl.zeros([BN], tl.float32)
-async vector  |     highest = tl.full([BN], float("-inf"), tl.float32)
-online !vector |     total = tl.zeros([BM], tl.float32)
-online !vector |     top = tl.full([BM], float("-inf"), tl.float32)
-online vector  |     total = 0.0
-online vector  |     top = float("-inf")
-!vector     |     result = tl.zeros([BM, BDV], tl.float32)
-vector      |     # Summed over positions after the loop.
-vector      |     result = tl.zeros([BN, BDV], tl.float32)
-            |     for start in tl.range(first, last, BN, num_stages=$STAGES):
-            |         at = tl.cast(start, tl.int64)
-            |         live = start + n < last
-!pad_d      |         k = tl.load(k_at + at * key_position, mask=live[:, None], other=0.0)
-pad_d       |         k = tl.load(k_at + at * key_position, mask=live[:, None] & (d < D)[None, :], other=0.0)
-!vector     |         s = tl.dot(q, tl.trans(k)$precision)  # [BM, BN]
-vector      |         s = tl.sum(q[None, :] * k.to(tl.float32), 1)  # [BN]
-soft_cap    |         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-soft_cap    |         s = tl.exp2(s * (scale * $TWICE_LOG2E_BY_CAP))
-soft_cap    |         s = $CAP_LOG2E - $TWICE_CAP_LOG2E / (s + 1.0)
-!soft_cap   |         s = s * (scale * LOG2E)
-alibi       |         s += slope$ROW * (start + n$KEY - position$ROW)
-bool shared |         visible = tl.load(mask_at + at * mask_position, mask=live, other=0) != 0
-bool shared |         s = tl.where(visible$KEY, s, float("-inf"))
-bool !shared |         visible = tl.load(mask_at + at * mask_position, mask=$mask_live, other=0) != 0
-bool !shared |         s = tl.where(visible, s, float("-inf"))
+alibi tile       |     slope = tl.load(slopes + head * G + group, mask=in_rows, other=0.0).to(tl.float32) * LOG2E
+alibi vector     |     slope = tl.load(slopes + head).to(tl.float32) * LOG2E
+async tile       |     phi_at = phi + batch * phi_batch + head * phi_head + row * phi_row
+async tile       |     unified = tl.load(phi_at, mask=in_rows, other=0.0) * LOG2E  # [BM]
+async vector     |     unified = tl.load(phi + batch * phi_batch + head * phi_head) * LOG2E
+                 |
+async            |     # Kept elementwise: the loop has no reduction across threads, and one follows it.
+async tile       |     weights = tl.zeros([BM, BN], tl.float32)
+async tile       |     highest = tl.full([BM, BN], float("-inf"), tl.float32)
+async vector     |     weights = tl.zeros([BN], tl.float32)
+async vector     |     highest = tl.full([BN], float("-inf"), tl.float32)
+online tile      |     total = tl.zeros([BM], tl.float32)
+online tile      |     top = tl.full([BM], float("-inf"), tl.float32)
+online vector    |     total = 0.0
+online vector    |     top = float("-inf")
+tile             |     result = tl.zeros([BM, BDV], tl.float32)
+vector           |     # Summed over positions after the loop.
+vector           |     result = tl.zeros([BN, BDV], tl.float32)
+                 |     for start in tl.range(first, last, BN, num_stages=$STAGES):
+                 |         at = tl.cast(start, tl.int64)
+                 |         live = start + n < last
+!pad_d           |         k = tl.load(k_at + at * key_position, mask=live[:, None], other=0.0)
+pad_d            |         k = tl.load(k_at + at * key_position, mask=live[:, None] & (d < D)[None, :], other=0.0)
+tile             |         s = tl.dot(q, tl.trans(k)$precision)  # [BM, BN]
+vector           |         s = tl.sum(q[None, :] * k.to(tl.float32), 1)  # [BN]
+soft_cap         |         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+soft_cap         |         s = tl.exp2(s * (scale * $TWICE_LOG2E_BY_CAP))
+soft_cap         |         s = $CAP_LOG2E - $TWICE_CAP_LOG2E / (s + 1.0)
+!soft_cap        |         s = s * (scale * LOG2E)
+alibi            |         s += slope$ROW * (start + n$KEY - position$ROW)
+bool shared      |         visible = tl.load(mask_at + at * mask_position, mask=live, other=0) != 0
+bool shared      |         s = tl.where(visible$KEY, s, float("-inf"))
+bool own         |         visible = tl.load(mask_at + at * mask_position, mask=$mask_live, other=0) != 0
+bool own         |         s = tl.where(visible, s, float("-inf"))
 additive shared  |         bias = tl.load(mask_at + at * mask_position, mask=live, other=0.0).to(tl.float32)
-additive !shared |         bias = tl.load(mask_at + at * mask_position, mask=$mask_live, other=0.0).to(tl.float32)
-additive    |         # The lowest finite number stays finite in units of log 2: a row of them is uniform, a row of -inf empty.
-additive    |         bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, -3.0e38))
+additive own     |         bias = tl.load(mask_at + at * mask_position, mask=$mask_live, other=0.0).to(tl.float32)
+additive         |         # The lowest finite number stays finite: a row of it is uniform, a row of -inf empty.
+additive         |         bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, -3.0e38))
 additive shared  |         s += bias$KEY
-additive !shared |         s += bias
-causal      |         s = tl.where(start + n$KEY <= position$ROW, s, float("-inf"))
-window      |         s = tl.where(start + n$KEY > position$ROW - $WINDOW, s, float("-inf"))
-            |         s = tl.where(live$KEY, s, float("-inf"))
-!pad_dv     |         v = tl.load(v_at + at * value_position, mask=live[:, None], other=0.0)
-pad_dv      |         v = tl.load(v_at + at * value_position, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
-async       |         p = tl.exp2(s - unified$ROW)
-async       |         weights += p
-async       |         highest = tl.maximum(highest, s)
-online      |         new_top = tl.maximum(top, tl.max(s, $AXIS))
-online      |         # A row that has seen nothing but masked keys has no maximum to subtract.
-online      |         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-online      |         decay = tl.exp2(top - shift)
-online      |         p = tl.exp2(s - shift$ROW)
-online      |         total = total * decay + tl.sum(p, $AXIS)
-online      |         top = new_top
-online      |         result = result * decay$ROW
-!vector     |         result = tl.dot(p.to(v.dtype), v, result$precision)
-vector      |         result += p[:, None] * v.to(tl.float32)
-            |
-            |     part = (pair.to(tl.int64) * splits + split) * R
-async       |     total = tl.sum(weights, $AXIS)
-async       |     top = tl.max(highest, $AXIS)
-!vector     |     tl.store(denominator + part + row, total, mask=in_rows)
-!vector     |     tl.store(maximum + part + row, top, mask=in_rows)
-!vector !pad_dv |     tl.store(numerator + (part + row)[:, None] * DV + dv[None, :], result, mask=in_rows[:, None])
-!vector pad_dv  |     tl.store(numerator + (part + row)[:, None] * DV + dv[None, :], result, mask=in_rows[:, None] & (dv < DV)[None, :])
-vector      |     tl.store(denominator + part, total)
-vector      |     tl.store(maximum + part, top)
-vector !pad_dv |     tl.store(numerator + part * DV + dv, tl.sum(result, 0))
-vector pad_dv  |     tl.store(numerator + part * DV + dv, tl.sum(result, 0), mask=dv < DV)
+additive own     |         s += bias
+causal           |         s = tl.where(start + n$KEY <= position$ROW, s, float("-inf"))
+window           |         s = tl.where(start + n$KEY > position$ROW - $WINDOW, s, float("-inf"))
+                 |         s = tl.where(live$KEY, s, float("-inf"))
+!pad_dv          |         v = tl.load(v_at + at * value_position, mask=live[:, None], other=0.0)
+pad_dv           |         v = tl.load(v_at + at * value_position, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
+async            |         p = tl.exp2(s - unified$ROW)
+async            |         weights += p
+async            |         highest = tl.maximum(highest, s)
+online           |         new_top = tl.maximum(top, tl.max(s, $AXIS))
+online           |         # A row that has seen nothing but masked keys has no maximum to subtract.
+online           |         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+online           |         decay = tl.exp2(top - shift)
+online           |         p = tl.exp2(s - shift$ROW)
+online           |         total = total * decay + tl.sum(p, $AXIS)
+online           |         top = new_top
+online           |         result = result * decay$ROW
+tile             |         result = tl.dot(p.to(v.dtype), v, result$precision)
+vector           |         result += p[:, None] * v.to(tl.float32)
+                 |
+                 |     part = (pair.to(tl.int64) * splits + split) * R
+async            |     total = tl.sum(weights, $AXIS)
+async            |     top = tl.max(highest, $AXIS)
+tile             |     tl.store(denominator + part + row, total, mask=in_rows)
+tile             |     tl.store(maximum + part + row, top, mask=in_rows)
+tile             |     numerator_at = numerator + (part + row)[:, None] * DV + dv[None, :]
+tile !pad_dv     |     tl.store(numerator_at, result, mask=in_rows[:, None])
+tile pad_dv      |     tl.store(numerator_at, result, mask=in_rows[:, None] & (dv < DV)[None, :])
+vector           |     tl.store(denominator + part, total)
+vector           |     tl.store(maximum + part, top)
+vector !pad_dv   |     tl.store(numerator + part * DV + dv, tl.sum(result, 0))
+vector pad_dv    |     tl.store(numerator + part * DV + dv, tl.sum(result, 0), mask=dv < DV)
 """
 
 COMBINE = """
-            | @triton.jit(do_not_specialize=["length", "splits"$also_unspecialized])
-            | def $symbol(
-            |     numerator,  # [B, Hkv, splits, R, DV]
-            |     denominator,  # [B, Hkv, splits, R]
-            |     maximum,  # [B, Hkv, splits, R]
-            |     out,  # [B, Hq, T, DV], contiguous
-async       |     phi,  # [B, Hkv, R]
-checked     |     flags,  # [B, Hkv, R]
-recompute   |     counter,  # [2]: rows recomputed, rows
-sinks       |     sinks,  # [Hq]
-extent      |     extent,  # [B]
-            |     length,  # S
-            |     splits,
-            |     kv_heads,
-async       |     phi_batch,
-async       |     phi_head,
-async       |     phi_row,
-recompute   |     rows,  # B * Hkv * R
-            | ):
-            |     G: tl.constexpr = $G
-            |     T: tl.constexpr = $T
-            |     DV: tl.constexpr = $DV
-            |     R: tl.constexpr = $R
-            |     SPLIT: tl.constexpr = $SPLIT
-            |     BDV: tl.constexpr = $BDV
-            |     LANES: tl.constexpr = $LANES
-            |     LOG2E: tl.constexpr = 1.4426950408889634
-            |
-            |     pair = tl.program_id(0)
-            |     row = tl.program_id(1)
-            |     batch = (pair // kv_heads).to(tl.int64)
-            |     head = pair % kv_heads
-            |     flat = pair.to(tl.int64) * R + row
-recompute   |     # One program counts for all, so that no atomics are needed.
-recompute   |     if (pair == 0) & (row == 0):
-recompute   |         count = tl.zeros([1024], tl.int32)
-recompute   |         for start in tl.range(0, rows, 1024):
-recompute   |             index = start + tl.arange(0, 1024)
-recompute   |             count += tl.load(flags + index, mask=index < rows, other=0)
-recompute   |         tl.store(counter, tl.load(counter) + tl.sum(count, 0))
-recompute   |         tl.store(counter + 1, tl.load(counter + 1) + rows)
-recompute   |     if tl.load(flags + flat) == 0:
-recompute   |         return
-extent      |     end = tl.maximum(tl.minimum(tl.load(extent + batch), length), 0).to(tl.int32)
-!extent     |     end = length
-            |     used = (end + SPLIT - 1) // SPLIT
-window      |     oldest = tl.maximum(end - T - $WINDOW + 1, 0) // SPLIT
-!window     |     oldest = 0
-            |     lane = tl.arange(0, LANES)
-            |     dv = tl.arange(0, BDV)
-            |     part = (pair.to(tl.int64) * splits + lane) * R + row
-sinks       |     sink = tl.load(sinks + head * G + row // T).to(tl.float32) * LOG2E
-async       |     unified = tl.load(phi + batch * phi_batch + head * phi_head + row * phi_row) * LOG2E
-            |
-            |     # Lane j sums the splits j, j + LANES, ...: a fixed order, whatever the number of splits.
-            |     tops = tl.full([LANES], float("-inf"), tl.float32)
-online      |     for start in tl.range(oldest // LANES * LANES, used, LANES):
-online      |         live = (start + lane >= oldest) & (start + lane < used)
-online      |         at = tl.cast(start, tl.int64) * R
-online      |         tops = tl.maximum(tops, tl.load(maximum + part + at, mask=live, other=float("-inf")))
-online      |     top = tl.max(tops, 0)
-online sinks |     top = tl.maximum(top, sink)
-online      |     shift = tl.where(top == float("-inf"), 0.0, top)
-            |     totals = tl.zeros([LANES], tl.float32)
-            |     results = tl.zeros([LANES, BDV], tl.float32)
-            |     for start in tl.range(oldest // LANES * LANES, used, LANES, num_stages=2):
-            |         live = (start + lane >= oldest) & (start + lane < used)
-            |         at = tl.cast(start, tl.int64) * R
-            |         partial = tl.load(denominator + part + at, mask=live, other=0.0)
-            |         at_result = numerator + (part + at)[:, None] * DV + dv[None, :]
-!pad_dv     |         partial_result = tl.load(at_result, mask=live[:, None], other=0.0)
-pad_dv      |         partial_result = tl.load(at_result, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
-async       |         tops = tl.maximum(tops, tl.load(maximum + part + at, mask=live, other=float("-inf")))
-async       |         totals += partial
-async       |         results += partial_result
-online      |         factor = tl.exp2(tl.load(maximum + part + at, mask=live, other=float("-inf")) - shift)
-online      |         totals += partial * factor
-online      |         results += partial_result * factor[:, None]
-            |     total = tl.sum(totals, 0)
-            |     result = tl.sum(results, 0)  # [BDV]
-async       |     top = tl.max(tops, 0)
-async       |     # Nothing unmasked is no reason to recompute; NaN scores, which no maximum shows, are.
-async       |     empty = (top == float("-inf")) & (total == 0.0)
-async sinks |     top = tl.maximum(top, sink)
-async sinks |     total += tl.exp2(sink - unified)
-online sinks |     total += tl.exp2(sink - shift)
-async       |     finite = tl.min((tl.abs(result) < float("inf")).to(tl.int32), 0) != 0
-async       |     fits = (top - unified <= $UPPER) & (total >= $LOWER) & (total < float("inf")) & finite
-async       |     tl.store(flags + flat, tl.where(fits | empty, 0, 1))
-            |     # A row with nothing to attend to is zero, as in scaled_dot_product_attention.
-            |     result = result / tl.where(total == 0.0, 1.0, total)
-!pad_dv     |     tl.store(out + flat * DV + dv, result.to(out.dtype.element_ty))
-pad_dv      |     tl.store(out + flat * DV + dv, result.to(out.dtype.element_ty), mask=dv < DV)
+                 | @triton.jit(do_not_specialize=["length", "splits"$also_unspecialized])
+                 | def $symbol(
+                 |     numerator,  # [B, Hkv, splits, R, DV]
+                 |     denominator,  # [B, Hkv, splits, R]
+                 |     maximum,  # [B, Hkv, splits, R]
+                 |     out,  # [B, Hq, T, DV], contiguous
+async            |     phi,  # [B, Hkv, R]
+checked          |     flags,  # [B, Hkv, R]
+recompute        |     counter,  # [2]: rows recomputed, rows
+sinks            |     sinks,  # [Hq]
+extent           |     extent,  # [B]
+                 |     length,  # S
+                 |     splits,
+                 |     kv_heads,
+async            |     phi_batch,
+async            |     phi_head,
+async            |     phi_row,
+recompute        |     rows,  # B * Hkv * R
+                 | ):
+                 |     G: tl.constexpr = $G
+                 |     T: tl.constexpr = $T
+                 |     DV: tl.constexpr = $DV
+                 |     R: tl.constexpr = $R
+                 |     SPLIT: tl.constexpr = $SPLIT
+                 |     BDV: tl.constexpr = $BDV
+                 |     LANES: tl.constexpr = $LANES
+                 |     LOG2E: tl.constexpr = 1.4426950408889634
+                 |
+                 |     pair = tl.program_id(0)
+                 |     row = tl.program_id(1)
+                 |     batch = (pair // kv_heads).to(tl.int64)
+                 |     head = pair % kv_heads
+                 |     flat = pair.to(tl.int64) * R + row
+recompute        |     # One program counts for all, so that no atomics are needed.
+recompute        |     if (pair == 0) & (row == 0):
+recompute        |         count = tl.zeros([1024], tl.int32)
+recompute        |         for start in tl.range(0, rows, 1024):
+recompute        |             index = start + tl.arange(0, 1024)
+recompute        |             count += tl.load(flags + index, mask=index < rows, other=0)
+recompute        |         tl.store(counter, tl.load(counter) + tl.sum(count, 0))
+recompute        |         tl.store(counter + 1, tl.load(counter + 1) + rows)
+recompute        |     if tl.load(flags + flat) == 0:
+recompute        |         return
+extent           |     end = tl.maximum(tl.minimum(tl.load(extent + batch), length), 0).to(tl.int32)
+!extent          |     end = length
+                 |     used = (end + SPLIT - 1) // SPLIT
+window           |     oldest = tl.maximum(end - T - $WINDOW + 1, 0) // SPLIT
+!window          |     oldest = 0
+                 |     lane = tl.arange(0, LANES)
+                 |     dv = tl.arange(0, BDV)
+                 |     part = (pair.to(tl.int64) * splits + lane) * R + row
+sinks            |     sink = tl.load(sinks + head * G + row // T).to(tl.float32) * LOG2E
+async            |     unified = tl.load(phi + batch * phi_batch + head * phi_head + row * phi_row) * LOG2E
+                 |
+                 |     # Lane j sums the splits j, j + LANES, ...: a fixed order, whatever the number of splits.
+                 |     tops = tl.full([LANES], float("-inf"), tl.float32)
+online           |     for start in tl.range(oldest // LANES * LANES, used, LANES):
+online           |         live = (start + lane >= oldest) & (start + lane < used)
+online           |         at = tl.cast(start, tl.int64) * R
+online           |         tops = tl.maximum(tops, tl.load(maximum + part + at, mask=live, other=float("-inf")))
+online           |     top = tl.max(tops, 0)
+online sinks     |     top = tl.maximum(top, sink)
+online           |     shift = tl.where(top == float("-inf"), 0.0, top)
+                 |     totals = tl.zeros([LANES], tl.float32)
+                 |     results = tl.zeros([LANES, BDV], tl.float32)
+                 |     for start in tl.range(oldest // LANES * LANES, used, LANES, num_stages=2):
+                 |         live = (start + lane >= oldest) & (start + lane < used)
+                 |         at = tl.cast(start, tl.int64) * R
+                 |         partial = tl.load(denominator + part + at, mask=live, other=0.0)
+                 |         at_result = numerator + (part + at)[:, None] * DV + dv[None, :]
+!pad_dv          |         partial_result = tl.load(at_result, mask=live[:, None], other=0.0)
+pad_dv           |         partial_result = tl.load(at_result, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
+async            |         tops = tl.maximum(tops, tl.load(maximum + part + at, mask=live, other=float("-inf")))
+async            |         totals += partial
+async            |         results += partial_result
+online           |         factor = tl.exp2(tl.load(maximum + part + at, mask=live, other=float("-inf")) - shift)
+online           |         totals += partial * factor
+online           |         results += partial_result * factor[:, None]
+                 |     total = tl.sum(totals, 0)
+                 |     result = tl.sum(results, 0)  # [BDV]
+async            |     top = tl.max(tops, 0)
+async            |     # Nothing unmasked is no reason to recompute; NaN scores, which no maximum shows, are.
+async            |     empty = (top == float("-inf")) & (total == 0.0)
+async sinks      |     top = tl.maximum(top, sink)
+async sinks      |     total += tl.exp2(sink - unified)
+online sinks     |     total += tl.exp2(sink - shift)
+async            |     finite = tl.min((tl.abs(result) < float("inf")).to(tl.int32), 0) != 0
+async            |     fits = (top - unified <= $UPPER) & (total >= $LOWER) & (total < float("inf")) & finite
+async            |     tl.store(flags + flat, tl.where(fits | empty, 0, 1))
+                 |     # A row with nothing to attend to is zero, as in scaled_dot_product_attention.
+                 |     result = result / tl.where(total == 0.0, 1.0, total)
+!pad_dv          |     tl.store(out + flat * DV + dv, result.to(out.dtype.element_ty))
+pad_dv           |     tl.store(out + flat * DV + dv, result.to(out.dtype.element_ty), mask=dv < DV)
 """
 
 

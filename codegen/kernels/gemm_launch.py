@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Kernel:
     writer: gemm_source.Writer
     main: Any
     reduce: Any
+    compiled: set[torch.device] = field(default_factory=set, compare=False)
+    """Devices that this kernel compiled for."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -105,7 +107,7 @@ def run(
     Nothing synchronises with the host: the number of rows is a shape.
 
     Raises:
-        Unsupported: operands that do not fit the description.
+        Unsupported: operands that do not fit the description, or a kernel that does not compile for x's device.
     """
     _check(fused, x, weights, extras)
     flat = x.reshape(-1, fused.depth)
@@ -140,11 +142,24 @@ def _launch(
         values["partials"] = torch.empty(splits, rows, sum(writer.fused.widths), dtype=torch.float32, device=x.device)
         values["squares"] = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
         grid = (*grid, splits)
-    main = [values[name] for name in writer.main_parameters()]
-    kernel.main[grid](*main, **writer.constants(), num_warps=config.warps, num_stages=config.stages)
+    options = {**writer.constants(), "num_warps": config.warps, "num_stages": config.stages}
+    calls = [(kernel.main, grid, [values[name] for name in writer.main_parameters()], options)]
     if kernel.reduce is not None:
         grid = (writer.programs(), math.ceil(rows / gemm_source.REDUCE_ROWS))
-        kernel.reduce[grid](*(values[name] for name in writer.reduce_parameters()), num_warps=4)
+        arguments = [values[name] for name in writer.reduce_parameters()]
+        calls.append((kernel.reduce, grid, arguments, {"num_warps": 4}))
+    try:
+        # Triton launches on the current device, which need not be that of x.
+        with torch.cuda.device_of(x):
+            # Compiling apart from launching tells a kernel this device cannot have from an error of the device itself.
+            if x.device not in kernel.compiled and not interpreted():
+                for jit, grid, arguments, keywords in calls:
+                    compat.compile_ahead(jit, arguments, grid, keywords)
+            kernel.compiled.add(x.device)
+            for jit, grid, arguments, keywords in calls:
+                jit[grid](*arguments, **keywords)
+    except compat.compile_errors() as problem:
+        raise Unsupported(f"the kernel {kernel.path.name} does not compile for {x.device}: {problem}") from problem
 
 
 _POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "bool": "*i1"}

@@ -114,7 +114,7 @@ def _built_in(match: _Matcher, node: fx.Node, kind: str) -> NormMatch:
         if layer
         else ("input", "normalized_shape", "weight", "eps")
     )
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     x = given["input"]
     shape = given.get("normalized_shape")
     if not isinstance(x, fx.Node) or not isinstance(shape, (list, tuple, torch.Size)) or len(shape) != 1:

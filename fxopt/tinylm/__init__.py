@@ -4,8 +4,8 @@
     >>> model, tokenizer = tinylm.load()
     >>> text = tinylm.heldout()
 
-It was trained for adaptive depth (LayerSkip's recipe), so every depth is an exit that makes sense, and it uses contexts of up to 4096
-tokens. `README.md` beside this file is the model card; `examples/train_tinylm.py` trains it.
+It was trained for adaptive depth (LayerSkip's recipe), so every depth is an exit that makes sense, and it uses
+contexts of up to 4096 tokens. `README.md` beside this file is the model card; `examples/train_tinylm.py` trains it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ METRICS = FOLDER / "metrics.json"
 
 
 def load(dtype: Any = None, folder: str | Path | None = None) -> tuple[Any, Any]:
-    """The model in eval mode and its tokenizer; weights are stored in 16 bits and loaded as float32 unless `dtype` says otherwise.
+    """The model in eval mode and its tokenizer; weights are stored in 16 bits and loaded as float32 unless `dtype`
+    says otherwise.
 
-    Raises FileNotFoundError when the weights are not there, ValueError when they do not fit the config, and ImportError without the
-    `hf` extra.
+    Raises FileNotFoundError when the weights are not there, ValueError when they do not fit the config, and
+    ImportError without the `hf` extra.
     """
     try:
         import torch
@@ -36,11 +37,16 @@ def load(dtype: Any = None, folder: str | Path | None = None) -> tuple[Any, Any]
     path = Path(folder) if folder is not None else FOLDER
     missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (path / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{path} has no {', '.join(missing)}; train the model with examples/train_tinylm.py --minutes 100 --out {path}")
+        raise FileNotFoundError(
+            f"{path} has no {', '.join(missing)}; "
+            f"train the model with examples/train_tinylm.py --minutes 104 --out {path}"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not have the shapes of its config.json; train or copy them again ({error})") from error
+        raise ValueError(
+            f"the weights in {path} do not have the shapes of its config.json; train or copy them again ({error})"
+        ) from error
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
 

@@ -14,14 +14,16 @@ END = "<|endoftext|>"
 def stdlib_files(root: Path) -> list[Path]:
     """The Python files of the standard library, sorted; generated character tables are left out.
 
-    Raises FileNotFoundError when the test tree, more than half of the text, is missing, as some distributions ship Python.
+    Raises FileNotFoundError when the test tree, more than half of the text, is missing, as some distributions ship
+    Python.
     """
     skip = {"site-packages", "encodings", "__pycache__", "lib2to3", "dist-packages", "config"}
     files = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
     if not (root / "test" / "test_grammar.py").is_file():
         raise FileNotFoundError(
             f"{root} has no test tree (test/test_grammar.py is missing), which is most of the training text. "
-            "Install your distribution's test package (such as libpython3-testsuite) or a Python from python.org, uv or pyenv."
+            "Install your distribution's test package (such as libpython3-testsuite), or a Python "
+            "from python.org, uv or pyenv."
         )
     return files
 
@@ -32,7 +34,9 @@ def is_heldout(name: str) -> bool:
 
 
 def read_corpus(root: Path | None = None) -> tuple[dict[str, str], dict[str, str]]:
-    """Training and held-out texts by relative path. Files that are not UTF-8 are left out, and so are copies of a held-out file."""
+    """Training and held-out texts by relative path. Files that are not UTF-8 are left out, and so are copies of a
+    held-out file.
+    """
     root = root or Path(sysconfig.get_path("stdlib"))
     texts: dict[str, str] = {}
     for path in stdlib_files(root):
@@ -67,7 +71,10 @@ def train_tokenizer(texts: dict[str, str], vocab: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator((texts[n] for n in sorted(texts)), trainer)
     return tokenizer

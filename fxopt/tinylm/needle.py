@@ -1,7 +1,8 @@
 """The needle task: retrieve a value that stands far back in the context.
 
-A prompt is filler text with a few lines `KEY_qx47 = 83921` hidden in it, and ends with one of these keys: `KEY_qx47 =`. The answer is
-the value. Everything is built on token ids, so that a prompt has exactly the length that was asked for.
+A prompt is filler text with a few lines `KEY_qx47 = 83921` hidden in it, and ends with one of these keys: `KEY_qx47
+=`. The answer is the value. Everything is built on token ids, so that a prompt has exactly the length that was asked
+for.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def _pairs(rng: random.Random, count: int) -> list[tuple[str, str]]:
 def make_needle(tokenizer: Any, filler: Sequence[int], context: int, seed: int, needles: int = 4) -> Needle:
     """One prompt of the task.
 
-    `filler` holds the token ids of the haystack and is read from a place chosen by `seed`. `context` counts tokens, answer included;
-    `needles` lines are hidden, one of them is asked for.
+    `filler` holds the token ids of the haystack and is read from a place chosen by `seed`. `context` counts tokens,
+    answer included; `needles` lines are hidden, one of them is asked for.
 
     Raises ValueError when the filler or the context is too short.
     """
@@ -61,9 +62,13 @@ def make_needle(tokenizer: Any, filler: Sequence[int], context: int, seed: int, 
     question, answer = _encode(tokenizer, f"\n{key} ="), _encode(tokenizer, f" {value}")
     room = context - len(question) - len(answer) - sum(map(len, lines))
     if room < needles + 1:
-        raise ValueError(f"a context of {context} tokens cannot hold {needles} needles; use at least {context - room + needles + 1}")
+        raise ValueError(
+            f"a context of {context} tokens cannot hold {needles} needles; use at least {context - room + needles + 1}"
+        )
     if len(filler) < room:
-        raise ValueError(f"the filler has {len(filler)} tokens and {room} are needed: give a longer text or a shorter context")
+        raise ValueError(
+            f"the filler has {len(filler)} tokens and {room} are needed: give a longer text or a shorter context"
+        )
     start = rng.randrange(len(filler) - room + 1)
     hay = list(filler[start : start + room])
     places = [rng.randrange(room) for _ in lines]
@@ -76,7 +81,9 @@ def make_needle(tokenizer: Any, filler: Sequence[int], context: int, seed: int, 
     return Needle(tuple(ids), tuple(answer), key, value, places[0] / room)
 
 
-def needle_task(tokenizer: Any, filler: str, context: int, count: int, seed: int = 0, needles: int = 4) -> Iterator[Needle]:
+def needle_task(
+    tokenizer: Any, filler: str, context: int, count: int, seed: int = 0, needles: int = 4
+) -> Iterator[Needle]:
     """`count` prompts of `context` tokens over the text `filler`, the same for the same seed."""
     ids = _encode(tokenizer, filler)
     for index in range(count):
@@ -84,9 +91,11 @@ def needle_task(tokenizer: Any, filler: str, context: int, count: int, seed: int
 
 
 def planted(tokenizer: Any, filler: Sequence[int], length: int, rng: random.Random, share: float = 0.4) -> list[int]:
-    """A training sequence of `length` ids: filler with needles, each asked for again later; about `share` of it is planted.
+    """A training sequence of `length` ids: filler with needles, each asked for again later; about `share` of it is
+    planted.
 
-    One sequence in three repeats a stretch of the filler word for word instead, which is the natural form of a long-range copy.
+    One sequence in three repeats a stretch of the filler word for word instead, which is the natural form of a long-
+    range copy.
     """
     if rng.random() < 1 / 3:
         span = rng.randrange(16, max(17, length // 4))

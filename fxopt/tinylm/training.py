@@ -24,10 +24,9 @@ class Recipe:
     tokens: int = 4096
     """Tokens a step."""
     muon_lr: float = 0.02
-    writer_lr: tuple[float, float] = (4.0, 12.0)
+    writer_lr: tuple[float, float] = (1.0, 6.0)
     """Multiples of the rate for the matrices that write to the residual stream (o_proj, down_proj): in the layers of
-    the first stack, and in those that join later. Without them the first layers fill the stream (RMS 31 after three
-    of them, 0.1 to 0.5 from each later one), and the later ones learn next to nothing."""
+    the first stack, and in those that join later, which find a stream that is already full."""
     adam_lr: float = 0.004
     warmup: float = 0.01
     dropout: float = 0.1
@@ -35,7 +34,11 @@ class Recipe:
     exit_weight: float = 0.3
     exit_rows: int = 1024
     """Positions a step that the exit is scored on; a multiple of 512."""
-    planted: float = 0.1
+    gap: float = 0.3
+    """Share of the steps whose positions jump once, so that short sequences show long distances (PoSE, 2309.10400)."""
+    repeated: float = 0.08
+    """Share of the sequences that repeat shuffled tokens, of which only the repetition is scored."""
+    planted: float = 0.2
     """Share of the sequences with planted copies; 0.5 in the last phase."""
     seed: int = 0
     growth: tuple[tuple[float, int], ...] = ((0.0, 3), (0.12, 6), (0.28, 9), (0.4, 12))
@@ -47,7 +50,8 @@ class Recipe:
 
 
 QUICK = replace(
-    Recipe(), hidden=32, intermediate=64, layers=4, heads=4, kv_heads=1, head_dim=16, vocab=384, tokens=512, exit_rows=512,
+    Recipe(), hidden=32, intermediate=64, layers=4, heads=4, kv_heads=1, head_dim=16, vocab=384, tokens=512,
+    exit_rows=512,
     growth=((0.0, 2), (0.3, 4)), contexts=((0.0, 64), (0.5, 128), (0.9, 256)), long=256,
 )  # fmt: skip
 
@@ -93,7 +97,9 @@ def rope_tables(recipe: Recipe, length: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def block(x, qw, kw, vw, ow, gw, uw, dw, n1, n2, cos, sin, head_dim: int):  # type: ignore[no-untyped-def]
-    """One Llama layer on x [B, T, hidden]: what the Hugging Face layer computes, in a form that compiles to few loops."""
+    """One Llama layer on x [B, T, hidden]: what the Hugging Face layer computes, in a form that compiles to few
+    loops.
+    """
     batch, length, width = x.shape
 
     def rotate(t):  # type: ignore[no-untyped-def]
@@ -111,7 +117,9 @@ def block(x, qw, kw, vw, ow, gw, uw, dw, n1, n2, cos, sin, head_dim: int):  # ty
 
 
 class Trunk:
-    """Runs the first `depth` layers of the Hugging Face model for training, with layer dropout, and keeps one exit state."""
+    """Runs the first `depth` layers of the Hugging Face model for training, with layer dropout, and keeps one exit
+    state.
+    """
 
     def __init__(self, model: Any, recipe: Recipe, compiled: bool) -> None:
         self.model, self.recipe = model, recipe
@@ -120,11 +128,11 @@ class Trunk:
         torch._dynamo.config.cache_size_limit = 32
 
     def __call__(
-        self, ids: torch.Tensor, depth: int, dropped: set[int], exit_at: int
+        self, ids: torch.Tensor, positions: torch.Tensor, depth: int, dropped: set[int], exit_at: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [B, T] to the normed last state and the normed state after `exit_at` layers, each [B, T, hidden]."""
+        """ids [B, T] at positions [T] to the normed last state and the normed state after `exit_at` layers, each [B, T, hidden]."""
         x = self.model.model.embed_tokens(ids)
-        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
+        cos, sin = self.cos[positions], self.sin[positions]
         early = x
         for index, layer in enumerate(self.model.model.layers[:depth]):
             if index not in dropped:
@@ -144,33 +152,33 @@ class Trunk:
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy of the full model and of one exit, with their gradients, in chunks that stay in the CPU's cache.
 
-    last, early [N, hidden], head [V, hidden], targets [N]. The exit is scored on its first `rows` positions, half against the text and
-    half against the full model's distribution. Returns the loss to train on and both parts.
+    last, early [N, hidden], head [V, hidden], targets [N], scored [N] (1 or 0: whether a position counts). The exit is scored on its first `rows` positions, half
+    against the text and half against the full model's distribution. Returns the loss to train on and both parts.
     """
 
     @staticmethod
-    def forward(ctx, last, early, head, targets, rows: int, weight: float):  # type: ignore[no-untyped-def]
-        count, chunk = last.shape[0], 512
+    def forward(ctx, last, early, head, targets, scored, rows: int, weight: float):  # type: ignore[no-untyped-def]
+        chunk, total, exit_total = 512, scored.sum(), scored[:rows].sum().clamp(min=1)
         d_last, d_early, d_head = torch.empty_like(last), torch.zeros_like(early), torch.zeros_like(head)
         full, hard, soft = (torch.zeros(()) for _ in range(3))
-        for start in range(0, count, chunk):
-            here = slice(start, min(start + chunk, count))
-            goal = targets[here, None]
+        for start in range(0, len(last), chunk):
+            here = slice(start, min(start + chunk, len(last)))
+            goal, counts = targets[here, None], scored[here, None]
             scores = last[here] @ head.T
             picked = scores.gather(1, goal)
             top = scores.logsumexp(1, keepdim=True)
-            full += (top - picked).sum() / count
+            full += ((top - picked) * counts).sum() / total
             chances = scores.sub_(top).exp_()
             if start < rows:
                 e_scores = early[here] @ head.T
                 e_top = e_scores.logsumexp(1, keepdim=True)
-                hard += (e_top - e_scores.gather(1, goal)).sum() / rows
-                soft += (e_top.sum() - torch.dot(chances.flatten(), e_scores.flatten())) / rows
+                hard += ((e_top - e_scores.gather(1, goal)) * counts).sum() / exit_total
+                soft += ((e_top - (chances * e_scores).sum(1, keepdim=True)) * counts).sum() / exit_total
                 slope = e_scores.sub_(e_top).exp_().sub_(chances, alpha=0.5)
-                slope.scatter_add_(1, goal, torch.full(goal.shape, -0.5)).mul_(weight / rows)
+                slope.scatter_add_(1, goal, torch.full(goal.shape, -0.5)).mul_(counts * (weight / exit_total))
                 torch.mm(slope, head, out=d_early[here])
                 d_head.addmm_(slope.T, early[here])
-            chances.scatter_add_(1, goal, torch.full(goal.shape, -1.0)).mul_(1 / count)
+            chances.scatter_add_(1, goal, torch.full(goal.shape, -1.0)).mul_(counts / total)
             torch.mm(chances, head, out=d_last[here])
             d_head.addmm_(chances.T, last[here])
         ctx.save_for_backward(d_last, d_early, d_head)
@@ -180,11 +188,13 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope, *_):  # type: ignore[no-untyped-def]
-        return (*(slope * saved for saved in ctx.saved_tensors), None, None, None)
+        return (*(slope * saved for saved in ctx.saved_tensors), None, None, None, None)
 
 
 def orthogonalise(grads: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices to grads [N, a, b], roughly, by the quintic Newton-Schulz iteration of Muon."""
+    """The nearest semi-orthogonal matrices to grads [N, a, b], roughly, by the quintic Newton-Schulz iteration of
+    Muon.
+    """
     x = grads / (grads.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     flip = x.shape[-2] > x.shape[-1]
     if flip:
@@ -196,11 +206,9 @@ def orthogonalise(grads: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon:
-    """Momentum with orthogonalised updates for the matrices of the layers; matrices of one shape go through together."""
+    """Momentum with orthogonalised updates for the matrices of the layers; those of one shape go through together."""
 
-    def __init__(
-        self, parameters: list[torch.nn.Parameter], multiples: list[float], momentum: float = 0.95
-    ) -> None:
+    def __init__(self, parameters: list[torch.nn.Parameter], multiples: list[float], momentum: float = 0.95) -> None:
         self.parameters, self.multiples, self.momentum = parameters, multiples, momentum
         self.buffers = [torch.zeros_like(p) for p in parameters]
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fxopt.codegen.kernels import attention
-from fxopt.codegen.kernels.attention import DecodeAttention
+from fxopt.codegen.kernels import attention_variants as attention
+from fxopt.codegen.kernels.attention_variants import DecodeAttention
 from fxopt.codegen.targets import TARGETS, CompiledInfo, cross_compile
 
 pytest.importorskip("triton")
@@ -57,7 +58,7 @@ def compiled(desc: DecodeAttention, symbol: str, target: str) -> CompiledInfo:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FXOPT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -70,7 +71,7 @@ def loops(asm: str) -> str:
     labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"\s*([.$]L\w+):", line))}
     inside: set[int] = set()
     for at, line in enumerate(lines):
-        jump = re.search(r"\bs?_?c?bran?c?h?\w*\b.*?([.$]L\w+)\s*;?\s*$", line)
+        jump = re.search(r"\b(?:bra|s_c?branch\w*)\S*\s+([.$]L\w+)", line)
         if jump and labels.get(jump[1], at) < at:
             inside.update(range(labels[jump[1]], at))
     assert inside, "no loop found in the assembly"

@@ -1,8 +1,8 @@
 """Decode attention in Triton's interpreter, against float64.
 
-The interpreter must be chosen before Triton is imported, so the cases run in one child process with TRITON_INTERPRET=1:
-this file started as a script. There, torch fills uninitialised memory with NaN. The interpreter computes bfloat16 wrongly,
-hence float16 and float32; it shows no races and no speed.
+The interpreter must be chosen before Triton is imported, so the cases run in one child process: this file, started as
+a script with TRITON_INTERPRET=1. There, torch fills uninitialised memory with NaN. The interpreter computes bfloat16
+wrongly, hence float16 and float32; it shows no races and no speed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from fxopt.codegen.kernels.attention import DecodeAttention, decode_attention, empty_partials, kernel_names, source
+from fxopt.codegen.kernels.attention import DecodeAttention, decode_attention, empty_partials
 from fxopt.codegen.kernels.attention_reference import reference
+from fxopt.codegen.kernels.attention_variants import kernel_names, source
 
 TOLERANCE = {torch.float16: 1e-3, torch.float32: 2e-6}
 Run = Callable[..., None]
@@ -505,6 +506,8 @@ def test_arguments_that_do_not_fit_the_description() -> None:
         ("cast them first", (q, k.half(), v), {"phi": phi}),
         ("extent is given", (q, k, v), {"phi": phi, "extent": torch.zeros(2, dtype=torch.int32)}),
         ("four dimensions", (q[0], k, v), {"phi": phi}),
+        ("move them together", (q, k, v.to("meta")), {"phi": phi}),
+        ("use empty_partials", (q, k, v), {"phi": phi, "partials": empty_partials(desc, 2, 2, 300, q.device)}),
     ]
     for message, positional, keywords in wrong:
         with pytest.raises(ValueError, match=message):
@@ -512,6 +515,10 @@ def test_arguments_that_do_not_fit_the_description() -> None:
     masked = replace(desc, mask="bool")
     with pytest.raises(ValueError, match="the description says 'bool'"):
         decode_attention(masked, q, k, v, scale=1.0, phi=phi, mask=torch.zeros(2, 1, 1, 10))
+    with pytest.raises(ValueError, match="must broadcast to"):
+        decode_attention(masked, q, k, v, scale=1.0, phi=phi, mask=torch.ones(2, 1, 1, 9, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        decode_attention(desc, q, k, v, scale=1.0, phi=phi)
 
 
 if __name__ == "__main__":

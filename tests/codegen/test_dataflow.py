@@ -8,6 +8,7 @@ import torch
 
 from fxopt.codegen import dataflow, roofline, source
 from fxopt.codegen.dataflow import Dataflow, Entry, Table, TableKey, Thresholds
+from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.gemm import Config
 
 H200, A100 = roofline.DEVICES["H200"], roofline.DEVICES["A100"]
@@ -149,3 +150,30 @@ def test_candidates_keep_the_splits_and_fit():
             for config in dataflow.candidates(fused, m, "flat", device):
                 assert config.splits == roofline.split_count(4096, 4096, device)
                 assert dataflow.shared_bytes(fused, config) <= device.shared_bytes
+
+
+def test_the_library_runs_where_the_kernel_cannot(monkeypatch):
+    calls = []
+
+    def refuse(*arguments):
+        calls.append(arguments)
+        raise Unsupported("the kernel does not compile for this device")
+
+    monkeypatch.setattr(dataflow, "run", refuse)
+    flow = Dataflow(torch.float32, model=H200, max_m=8)
+    fused = dataflow.residual_group(6, 8, "float32")
+    weight = torch.randn(6, 8)
+
+    def check(m):
+        x, added = torch.randn(m, 8), torch.randn(m, 6)
+        (found,) = flow.run(fused, x, [weight], [added], "model.mlp.down")
+        torch.testing.assert_close(found, x @ weight.t() + added)
+
+    with pytest.warns(UserWarning, match=r"leaves model.mlp.down to the library: the kernel does not compile"):
+        check(1)
+    assert list(flow.refused.values()) == ["the kernel does not compile for this device"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(1)
+        check(9)
+    assert len(calls) == 1

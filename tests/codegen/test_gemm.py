@@ -17,14 +17,15 @@ from fxopt.codegen import roofline
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.epilogue import Epilogue, Extra, Output, Step, from_nodes
 from fxopt.codegen.kernels.gemm import Config, FusedLinear, Norm, bucket, configure, reference, shared_bytes
-from fxopt.codegen.kernels.gemm_launch import build, interpreted, run
+from fxopt.codegen.kernels.gemm_launch import _launch, build, interpreted, run
 
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FXOPT_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(HERE / "interpreted_gemm.py"), "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(HERE / "interpreted_gemm.py"), "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
@@ -249,7 +250,7 @@ def test_description_survives_a_string():
     ],
 )
 def test_impossible_configurations(arguments):
-    with pytest.raises(ValueError, match="power of two|16 at least|GEMV neither|start at 1"):
+    with pytest.raises(ValueError, match=r"power of two|16 at least|GEMV neither|start at 1"):
         Config(**arguments)
 
 
@@ -272,6 +273,15 @@ def test_without_a_gpu_the_kernel_refuses_and_the_reference_runs():
     with pytest.raises(Unsupported, match="kernels run on a GPU"):
         run(fused, X, [W])
     torch.testing.assert_close(reference(fused, X, [W], [])[0], F.linear(X, W))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or interpreted(), reason="needs Triton without a device")
+def test_a_kernel_that_triton_cannot_compile_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(tmp_path))
+    kernel = build(FusedLinear("float32", 8, (6,), plain(1)), Config("gemv", 1, 2, 32))
+    with pytest.raises(Unsupported, match="does not compile for cpu"):
+        _launch(kernel, X[0], [W], {}, [torch.empty(3, 6)])
+    assert not kernel.compiled
 
 
 def test_one_file_for_equal_kernels(tmp_path, monkeypatch):

@@ -24,7 +24,10 @@ def tokenizer():
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=280, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=280,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator([TEXT], trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<end>", eos_token="<end>")
@@ -34,7 +37,8 @@ def tokenizer():
 def model():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.2,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
@@ -68,7 +72,9 @@ def by_hand(model, tokenizer, text, context):
 def test_bits_per_byte_is_the_textbook_sum(model, tokenizer):
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert len(ids) % 45 > 1  # a shorter last window is scored too
-    assert bits_per_byte(model, tokenizer, TEXT, context=45) == pytest.approx(by_hand(model, tokenizer, TEXT, 45), rel=1e-5)
+    assert bits_per_byte(model, tokenizer, TEXT, context=45) == pytest.approx(
+        by_hand(model, tokenizer, TEXT, 45), rel=1e-5
+    )
 
 
 def test_windows_cover_every_token_and_byte(tokenizer):
@@ -122,9 +128,7 @@ def test_forcing_goes_on_past_the_end_token(model):
 def test_evaluate_compares_with_the_unmodified_model(model, tokenizer, tmp_path):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     technique = fxopt.LayerSkip(skip=(1,))
-    table = evaluate(
-        model, TEXT, technique, tokenizer=tokenizer, context=32, limit=96, speed=False, show=False
-    )
+    table = evaluate(model, TEXT, technique, tokenizer=tokenizer, context=32, limit=96, speed=False, show=False)
     eager, skipped = table["eager"], table[str(technique)]
     short = shortened(model, 1)
     sums, cut = Divergence(), evaluation._choose(windows(tokenizer, TEXT, 32, whole=True), 96, 0)

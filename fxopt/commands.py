@@ -1,0 +1,197 @@
+"""The commands of the console script, in typer; what they do lives in the modules they call."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fxopt.cli import COMMANDS
+from fxopt.passes.technique import SettingError, Technique
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="A compiler backend for dynamic-compute transformers."
+)  # fmt: skip
+
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Quick = Annotated[bool, typer.Option(help="Small sizes and few rounds: does it work, not how fast is it.")]
+Json = Annotated[pathlib.Path | None, typer.Option("--json", help="Also write the result as JSON.")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="A technique, e.g. layer_skip='{\"speedup\": 1.5}'. Repeatable.")
+]
+
+
+def fail(message: str) -> None:
+    """Print to standard error and leave with exit code 2."""
+    print(f"fxopt: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def techniques_of(settings: list[str] | None) -> list[Technique]:
+    """``name={json fields}`` strings as techniques."""
+    from fxopt.options import as_technique
+    from fxopt.reporting import check_technique_name
+
+    chosen = []
+    for text in settings or []:
+        name, _, fields = text.partition("=")
+        try:
+            technique = as_technique(check_technique_name(name.strip()), json.loads(fields) if fields else True)
+        except json.JSONDecodeError as error:
+            fail(f"--set {text!r}: the part after = is JSON, such as {{\"speedup\": 1.5}}: {error}")
+        except SettingError as error:
+            fail(str(error))
+        else:
+            if technique is not None:
+                chosen.append(technique)
+    return chosen
+
+
+@app.command(help=COMMANDS["demo"])
+def demo(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name; default: the small shipped model.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens to generate.")] = 48,
+) -> None:
+    from fxopt import demonstration
+
+    try:
+        demonstration.run(model, new_tokens=tokens)
+    except (SettingError, OSError, ImportError) as error:
+        fail(str(error))
+
+
+@app.command(help=COMMANDS["doctor"])
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name.")] = None,
+    json_path: Json = None,
+) -> None:
+    from fxopt import doctor as examination
+
+    loaded = load_model(model) if model else None
+    findings = examination.examine(loaded)
+    for finding in findings:
+        print(finding)
+    if json_path is not None:
+        json_path.write_text(json.dumps([vars(f) for f in findings], indent=1))
+    if any(f.level == "problem" for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command(help=COMMANDS["plan"])
+def plan(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name.")] = None,
+    model_config: Annotated[pathlib.Path | None, typer.Option(help="A config.json instead: no weights are needed.")] = None,
+    set_: Setting = None,
+    target: Annotated[str | None, typer.Option(help="Device to plan for, such as h200.")] = None,
+    json_path: Json = None,
+    html: Annotated[pathlib.Path | None, typer.Option(help="Write the page.")] = None,
+) -> None:
+    from fxopt.planning import plan as make_plan
+
+    if (model is None) == (model_config is None):
+        fail("plan takes a model or --model-config config.json, one of the two.")
+    try:
+        built = load_model(model) if model else model_from_config(model_config)
+        report = make_plan(built, *techniques_of(set_), target=target)
+    except SettingError as error:
+        fail(str(error))
+    print(report.summary())
+    if json_path is not None:
+        report.to_json(json_path)
+    if html is not None:
+        report.to_html(html)
+
+
+@app.command(help=COMMANDS["evaluate"])
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name; default: the shipped model.")] = None,
+    data: Annotated[pathlib.Path | None, typer.Option(help="A text file; default: the shipped held-out text.")] = None,
+    set_: Setting = None,
+    limit: Annotated[int | None, typer.Option(help="Tokens of the text to score.")] = None,
+    json_path: Json = None,
+    plot: Annotated[pathlib.Path | None, typer.Option(help="Draw speed against quality.")] = None,
+) -> None:
+    from fxopt.evaluation import evaluate as score
+    from fxopt.evaluation import load_model as load_scored
+    from fxopt.tinylm import HELDOUT
+
+    try:
+        scored, tokenizer = load_scored(model or "tinylm")
+        table = score(scored, data or HELDOUT, *techniques_of(set_), tokenizer=tokenizer, limit=limit)
+    except (SettingError, OSError, ValueError, TypeError, ImportError) as error:
+        fail(str(error))
+    print(table)
+    if json_path is not None:
+        table.to_json(json_path)
+    if plot is not None:
+        table.plot(plot)
+
+
+@app.command(help=COMMANDS["bench"])
+def bench(
+    suite: Annotated[str, typer.Argument(help="overhead, depth.")],
+    technique: Annotated[str, typer.Option(help="For depth: the technique to measure.")] = "layer_skip",
+    device: Device = "cpu",
+    quick: Quick = False,
+    keep: Annotated[bool, typer.Option(help="Keep the result among the committed ones.")] = False,
+    json_path: Json = None,
+    plot: Annotated[pathlib.Path | None, typer.Option(help="Draw the medians.")] = None,
+) -> None:
+    from fxopt.bench import SUITES, load_suite
+
+    if suite not in SUITES:
+        fail(f"there is no suite {suite!r}; suites: {', '.join(SUITES)}.")
+    options: dict[str, Any] = {"technique": technique} if suite == "depth" else {}
+    try:
+        result = load_suite(suite)(device=device, quick=quick, **options)
+    except (ValueError, ImportError, AssertionError) as error:
+        fail(str(error))
+    print(result.table())
+    if json_path is not None:
+        result.to_json(json_path)
+    if plot is not None:
+        result.plot(plot)
+    if keep:
+        print(f"kept as {result.keep().name}")
+
+
+def load_model(name: str) -> Any:
+    """A causal LM (else any model) from a folder or the hub."""
+    try:
+        from transformers import AutoModel, AutoModelForCausalLM
+    except ImportError:
+        fail("models are loaded with transformers: pip install 'fxopt[hf]'")
+    try:
+        try:
+            return AutoModelForCausalLM.from_pretrained(name).eval()
+        except ValueError:
+            return AutoModel.from_pretrained(name).eval()
+    except (OSError, ValueError) as error:
+        return fail(f"{name!r} could not be loaded: {str(error).splitlines()[0]}")
+
+
+def model_from_config(path: pathlib.Path | None) -> Any:
+    """A model on the meta device from its config.json."""
+    import torch
+
+    try:
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    except ImportError:
+        fail("configs are read with transformers: pip install 'fxopt[hf]'")
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        fail(f"{path} is no model config: {str(error).splitlines()[0]}")
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config).eval()
+        except ValueError:
+            return AutoModel.from_config(config).eval()
+
+
+from fxopt.inspection.command import inspect  # noqa: E402
+
+app.command(name="inspect", help=COMMANDS["inspect"], context_settings={"allow_extra_args": True})(inspect)
