@@ -135,10 +135,8 @@ def run_passes(
     record.settings = settings.effective(used)
     for setting in used:
         if "annotation lost" in setting.place:
-            record.remarks.append(
-                Remark(setting.technique.name, "analysis", setting.place.split(" ")[0],
-                       "the annotation of the decorated module is missing: a graph break inside it", "FX602")
-            )  # fmt: skip
+            message = f"{setting.technique}: a graph break inside the decorated module took its annotation"
+            record.remarks.append(Remark(setting.technique.name, "analysis", "", message, "FX602"))
     gm.recompile()
     return gm, wrappers, patches
 

@@ -149,10 +149,11 @@ class Settings:
         """
         fallback = self._fallback(name)
         by_node: dict[fx.Node, Setting] = {}
+        holders = Decorated.holders(name)
         for node in graph.nodes:
             if node.op in ("placeholder", "output", "get_attr"):
                 continue
-            found = self._nearest(name, node)
+            found = self._nearest(name, node, holders)
             if found is not None:
                 by_node[node] = found
         if not by_node:
@@ -176,7 +177,7 @@ class Settings:
             return Setting(cls(), "default", "")
         return None
 
-    def _nearest(self, name: str, node: fx.Node) -> Setting | None:
+    def _nearest(self, name: str, node: fx.Node, holders: Mapping[str, Technique]) -> Setting | None:
         stack = module_stack(node)
         custom = node.meta.get("custom") or {}
         candidates: dict[str, Setting] = {}
@@ -192,11 +193,8 @@ class Settings:
                 kept = getattr(module_class, "_fxopt_class_settings_kept", {})
                 if name in kept:
                     candidates["class"] = Setting(kept[name], "class", f"{module_class.__qualname__} (annotation lost)")
-            if "instance" not in candidates:
-                module = Decorated.instance(int(key.split("@")[0])) if key.split("@")[0].isdigit() else None
-                found = Decorated.techniques(module).get(name) if module is not None else None
-                if found is not None and found[1] == "instance":
-                    candidates["instance"] = Setting(found[0], "instance", f"{path} (annotation lost)")
+            if "instance" not in candidates and key.split("@")[0] in holders:
+                candidates["instance"] = Setting(holders[key.split("@")[0]], "instance", "(annotation lost)")
         for kind in _NEARNESS:
             if kind in candidates:
                 return candidates[kind]

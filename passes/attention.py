@@ -164,8 +164,6 @@ def _from_semantic(node: fx.Node) -> AttentionSite:
 
 
 def _from_written_out(found: WrittenOut) -> AttentionSite:
-    if value_of(found.output).dtype != value_of(found.query).dtype:
-        raise Differs("FX201", f"{value_of(found.query).dtype} queries give a {value_of(found.output).dtype} result")
     return _finish(
         found.output, "eager", found.query, found.key, found.value, found.scale, found.biases, found.interior,
         soft_cap=found.soft_cap, sinks=found.sinks,
@@ -180,6 +178,8 @@ def _finish(
     interior: tuple[fx.Node, ...], *, is_causal: bool = False, soft_cap: float = 0.0, sinks: fx.Node | None = None,
 ) -> AttentionSite:  # fmt: skip
     q, k, v = value_of(query), value_of(key), value_of(value)
+    if value_of(output).dtype != q.dtype:  # autocast, or a softmax that is not cast back
+        raise Differs("FX201", f"{q.dtype} queries give a {value_of(output).dtype} result")
     if not (q.dtype == k.dtype == v.dtype):
         raise Differs("FX201", f"query, key and value are {q.dtype}, {k.dtype} and {v.dtype}")
     bare_key, bare_value = unrepeated(key), unrepeated(value)

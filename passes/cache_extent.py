@@ -20,7 +20,7 @@ from torch import fx
 from fxopt.passes.attention import AttentionSite, find_attentions
 from fxopt.passes.attention_rewrite import attend, earliest, mask_node, records_gradients
 from fxopt.passes.context import PassContext
-from fxopt.passes.kv import cache_of, written_between
+from fxopt.passes.kv import base_of, cache_of, writes_to, written_between
 from fxopt.passes.masks import read_extent_node
 from fxopt.passes.nodes import same, value_of
 from fxopt.passes.technique import Technique
@@ -64,6 +64,9 @@ class CacheExtent(Technique):
             return
         if not all(same(value_of(bias.node).shape[-1], site.length) for bias in site.biases):
             context.missed("FX203", site.output, "the mask has another length than the keys")
+            return
+        if writes_to(*(base_of(bias.node) for bias in site.biases)):
+            context.blocked("FX206", site.output, "the mask is written in place")
             return
         mask = mask_node(site, context.rewriter)
         assert mask is not None

@@ -48,9 +48,17 @@ def base_of(node: fx.Node) -> fx.Node:
     return node
 
 
-def writes_to(base: fx.Node, graph: fx.Graph) -> list[fx.Node]:
-    """Nodes that write the memory of `base` in place, in order."""
-    return [node for node in graph.nodes if _written(node) is base]
+def writes_to(*bases: fx.Node) -> list[fx.Node]:
+    """Nodes that write the memory of any of `bases` in place, themselves or through a view, in order."""
+    found: dict[fx.Node, None] = {}
+    pending = list(bases)
+    while pending:
+        for user in pending.pop().users:
+            if _written(user) in bases:
+                found[user] = None
+            elif is_view(user):
+                pending.append(user)
+    return sorted(found)
 
 
 def _written(node: fx.Node) -> fx.Node | None:
@@ -63,11 +71,8 @@ def _written(node: fx.Node) -> fx.Node | None:
 
 def cache_of(site: AttentionSite) -> CacheFacts:
     """What is known of the cache behind an attention."""
-    graph = site.output.graph
     key, value = base_of(site.key), base_of(site.value)
-    writes = [node for node in graph.nodes if _written(node) in (key, value)]
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    before = tuple(node for node in writes if position[node] < position[site.output])
+    before = tuple(node for node in writes_to(key, value) if node < site.output)
     held = key.op == "placeholder" or name_of(key) in _ALLOCATIONS
     if before and held:
         shifted = any(name_of(w) == "copy_" and _has_roll(w) for w in before)

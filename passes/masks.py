@@ -136,7 +136,7 @@ def constant_value(node: fx.Node) -> torch.Tensor:
             raise NotConstant(f"depends on {name_of(current) or current.op}")
         if isinstance(value, torch.Tensor) and value.numel() > LARGEST:
             raise NotConstant(f"{value.numel()} elements are too many to evaluate")
-        if isinstance(value, torch.Tensor) and writes_to(current, node.graph):
+        if isinstance(value, torch.Tensor) and writes_to(current):
             raise NotConstant(f"{current.name} is written in place")
     results: dict[fx.Node, Any] = {}
     for current in line:

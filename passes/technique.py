@@ -223,9 +223,17 @@ class Decorated:
         return found
 
     @staticmethod
-    def instance(key: int) -> nn.Module | None:
-        """The living decorated module with that ``id``; used where a graph break lost the annotation."""
-        return Decorated._instances.get(key)
+    def holders(name: str) -> dict[str, Technique]:
+        """``{str(id(module)): technique}`` for every module inside a living instance decorated with technique `name`.
+
+        For graphs that a graph break cut off from their annotation, and from the decorated module itself.
+        """
+        found: dict[str, Technique] = {}
+        for decorated in sorted(Decorated._instances.values(), key=lambda m: -sum(1 for _ in m.modules())):
+            technique, kind = Decorated.techniques(decorated).get(name, (None, ""))
+            if technique is not None and kind == "instance":
+                found.update((str(id(module)), technique) for module in decorated.modules())
+        return found
 
     @staticmethod
     def refresh(model: nn.Module) -> None:

@@ -116,11 +116,10 @@ def local_backend() -> str:
 
 
 def config(desc: DecodeAttention, backend: str | None = None) -> Config:
-    """The shipped tile sizes. They depend on the variant only, never on batch or length: results would change.
-
-    Stages change no result; AMD's 64 KB of local memory has room for two.
-    """
-    stages = 2 if (backend or local_backend()) == "hip" else 3
+    """The shipped tile sizes. They depend on the variant only, never on batch or length: results would change."""
+    hip = (backend or local_backend()) == "hip"
+    # AMD has 64 KB of local memory; and each masked column takes scalar registers, of which there are about a hundred.
+    stages = 2 if hip else 3
     width = _power_of_two(max(desc.head_dim, desc.channels))
     heavy = width > 128 or desc.dtype == torch.float32
     if desc.rows == 1:
@@ -128,7 +127,8 @@ def config(desc: DecodeAttention, backend: str | None = None) -> Config:
     if desc.dtype == torch.float32:
         return Config(16, 16 if width > 64 else 32, 8 if width > 64 else 4, stages)
     block_m = min(max(16, _power_of_two(desc.rows)), 32 if width > 128 else 64)
-    return Config(block_m, 64 if block_m == 16 and width <= 128 else 32, 4, stages)
+    block_n = 64 if block_m == 16 and width <= 128 else 32
+    return Config(block_m, block_n // 2 if hip else block_n, 4, stages)
 
 
 def _values(desc: DecodeAttention, recompute: bool, backend: str | None) -> tuple[dict[str, bool], dict[str, object]]:

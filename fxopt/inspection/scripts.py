@@ -1,0 +1,62 @@
+"""Run a script as ``python script.py args`` would, and keep what it compiled, also when it fails half-way."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fxopt import reporting
+from fxopt.reporting import Report
+
+
+class ScriptReport(Report):
+    """The report of a script. ``failure`` says how it ended: empty when it ran to its end."""
+
+    failure: str = ""
+
+    def summary(self) -> str:
+        text = super().summary()
+        return f"{text}\nfxopt: the script failed: {self.failure.splitlines()[-1]}" if self.failure else text
+
+
+def run_script(path: str | os.PathLike[str], args: Sequence[str] = ()) -> ScriptReport:
+    """Run the script at `path` as ``__main__`` in this process; the report of all it compiled.
+
+    An exception or a non-zero ``sys.exit`` of the script is kept in ``failure`` (and printed to stderr) rather than
+    raised, so that what was compiled before it can be looked at.
+
+    Raises:
+        FileNotFoundError: when there is no such script.
+    """
+    script = pathlib.Path(path)
+    if not script.is_file():
+        raise FileNotFoundError(f"there is no script {str(path)!r}")
+    first = next_number()
+    kept_arguments, kept_path = sys.argv, list(sys.path)
+    sys.argv = [str(path), *map(str, args)]
+    sys.path.insert(0, str(script.resolve().parent))
+    failure = ""
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code not in (None, 0):
+            failure = f"SystemExit: {stop.code}"
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        failure = "".join(traceback.format_exception_only(error)).strip()
+    finally:
+        sys.argv, sys.path[:] = kept_arguments, kept_path
+    report = ScriptReport(
+        sorted((g for r in reporting.reports() for g in r.graphs if g.number >= first), key=lambda g: g.number)
+    )
+    report.failure = failure
+    return report
+
+
+def next_number() -> int:
+    """The number that the next compiled graph will get."""
+    return max((g.number for r in reporting.reports() for g in r.graphs), default=-1) + 1

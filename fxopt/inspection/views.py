@@ -1,0 +1,268 @@
+"""The views behind ``fxopt inspect``: plain functions, each giving an object with ``.text()`` and ``.to_dict()``."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from fxopt.inspection import diff as differences
+from fxopt.inspection import places
+from fxopt.inspection import why as reasons_why
+from fxopt.inspection.scripts import ScriptReport, run_script
+from fxopt.inspection.text import View, table, wrapped
+from fxopt.passes import reasons
+from fxopt.passes.record import GraphRecord, KernelRecord, NodeRow
+from fxopt.passes.technique import SettingError, nearest
+
+if TYPE_CHECKING:
+    from fxopt.reporting import Report
+
+__all__ = [
+    "ScriptReport",
+    "Unmet",
+    "View",
+    "diff",
+    "diff_stages",
+    "expect",
+    "explain",
+    "kernels",
+    "run_script",
+    "summary",
+    "unmet",
+    "why",
+]
+
+
+class Unmet(AssertionError):
+    """An expectation about a report does not hold; the message says what was counted and why."""
+
+
+def summary(report: Report) -> View:
+    """One block a graph: what was applied, what not, the first reason."""
+    from fxopt.reporting import graph_summary
+
+    data = {
+        "environment": dict(report.environment),
+        "graphs": [
+            {
+                "compile_id": g.compile_id, "model": g.model, "role": g.role, "inputs": g.inputs, "error": g.error,
+                "nodes_before": g.nodes_before, "nodes_after": g.nodes_after, "seconds": g.seconds,
+                "techniques": {
+                    name: {s: g.count(name, s) for s in ("applied", "missed", "blocked") if g.count(name, s)}
+                    for name in dict.fromkeys(r.technique for r in g.remarks)
+                },
+                "layers": _layer_lines(g),
+            }
+            for g in report.graphs
+        ],
+    }  # fmt: skip
+
+    def lines(width: int) -> Iterable[str]:
+        if not report.graphs:
+            yield "fxopt: nothing has been compiled yet"
+        for graph in report.graphs:
+            for line in graph_summary(graph).split("\n"):
+                yield from _hanging(line, width)
+            yield from (f"  {line}" for line in _layer_lines(graph))
+            if graph.error:
+                yield from wrapped(f"This compilation failed: {graph.error.splitlines()[0]}", width, "  ")
+
+    return View("summary", data, lines)
+
+
+def _hanging(line: str, width: int) -> list[str]:
+    first, *rest = wrapped(line.lstrip(), width - 6)
+    indent = " " * (len(line) - len(line.lstrip()))
+    return [indent + first, *(f"{indent}    {r}" for r in rest)]
+
+
+def _layer_lines(graph: GraphRecord) -> list[str]:
+    layers = places.layers_of(graph)
+    odd = places.differing(layers, graph.remarks)
+    lines = []
+    for container in dict.fromkeys(layer.container for layer in layers):
+        own = [layer for layer in layers if layer.container == container]
+        indices = [str(layer.index) for layer in odd if layer.container == container]
+        tail = f", {len(indices)} differ: {', '.join(indices)}" if indices else ""
+        lines.append(f"{container} x{len(own)}{tail}")
+    return lines
+
+
+def why(report: Report, technique: str, module_path: str = "") -> View:
+    """The paragraph of :meth:`fxopt.Report.why`."""
+    answer = reasons_why.ask(report, technique, module_path)
+    paragraph = reasons_why.paragraph(answer)
+    return View("why", answer.to_dict(), lambda width: wrapped(paragraph, width))
+
+
+def explain(code: str) -> View:
+    """A reason code in words. Raises SettingError for one that does not exist."""
+    found = reasons.REASONS.get(code.strip().upper())
+    if found is None:
+        raise SettingError(
+            f"There is no reason code {code!r}. Known codes: {', '.join(reasons.REASONS)}."
+            f"{nearest(code.upper(), reasons.REASONS)}"
+        )
+    return View(
+        "explain",
+        dataclasses.asdict(found),
+        lambda width: [
+            f"{found.code} {found.title}",
+            *wrapped(found.meaning, width, "  "),
+            *wrapped(f"What to do: {found.advice}", width, "  "),
+        ],
+    )
+
+
+def kernels(report: Report) -> View:
+    """The generated kernels: where they run, their configuration and their resources."""
+    found = [(graph, kernel) for graph in report.graphs for kernel in graph.kernels]
+    data = {"kernels": [{"graph": g.compile_id, **dataclasses.asdict(k)} for g, k in found]}
+
+    def lines(width: int) -> Iterable[str]:
+        if not found:
+            yield from wrapped(
+                "No kernel was generated: rewritten graphs without kernels of their own are finished by Inductor.", width
+            )
+            return
+        rows = [
+            (g.compile_id, k.name, _modules(k), _pairs(k.configuration), _pairs(k.resources)) for g, k in found
+        ]
+        yield from table(("graph", "kernel", "for", "configuration", "resources"), rows, width)
+        spilled = [k.name for _, k in found if _spills(k)]
+        if spilled:
+            yield from wrapped(f"Registers spilled: {', '.join(spilled)}.", width)
+
+    return View("kernels", data, lines)
+
+
+def _modules(kernel: KernelRecord) -> str:
+    first = ", ".join(kernel.modules[:2])
+    return first + (f" +{len(kernel.modules) - 2}" if len(kernel.modules) > 2 else "")
+
+
+def _pairs(values: dict[str, object]) -> str:
+    return " ".join(f"{k}={v}" for k, v in values.items() if not (isinstance(v, str) and len(v) > 40))
+
+
+def _spills(kernel: KernelRecord) -> bool:
+    return any("spill" in key and isinstance(v, (int, float)) and v > 0 for key, v in kernel.resources.items())
+
+
+def diff(report_a: Report, report_b: Report) -> View:
+    """What the second report has otherwise than the first."""
+    found = differences.compare(report_a, report_b)
+
+    def lines(width: int) -> Iterable[str]:
+        if found.same:
+            yield "no difference"
+            return
+        for line in found.environment:
+            yield from wrapped(line, width)
+        for mark, names in (("-", found.only_a), ("+", found.only_b)):
+            for name in names:
+                yield from wrapped(f"{mark} graph {name}", width)
+        for graph in found.graphs:
+            if graph.same:
+                continue
+            yield f"graph {graph.name}: {graph.nodes[0]} -> {graph.nodes[1]} nodes"
+            for technique, status, a, b in graph.counts:
+                yield f"  {technique} {status}: {a} -> {b}"
+            for mark, remarks in (("-", graph.gone), ("+", graph.new)):
+                for r in remarks:
+                    text = f"{mark} {r.technique} {r.status} {r.code} {r.path}: {r.message}".replace("  ", " ")
+                    yield from wrapped(text, width, "  ")
+            for line in (*graph.settings, *graph.kernels):
+                yield from wrapped(line, width, "  ")
+
+    return View("diff", found.to_dict(), lines)
+
+
+def diff_stages(graph: GraphRecord, i: int, j: int) -> View:
+    """Nodes that stages `i` to `j` of one graph added, removed and changed."""
+    found = differences.compare_stages(graph, i, j)
+
+    def lines(width: int) -> Iterable[str]:
+        yield (
+            f"graph {found.graph}: {found.names[0]} -> {found.names[1]}  "
+            f"+{len(found.added)} -{len(found.removed)} ~{len(found.changed)}"
+        )
+        marked: dict[str, list[tuple[str, NodeRow]]] = {}
+        for mark, rows in (("-", found.removed), ("+", found.added)):
+            for row in rows:
+                marked.setdefault(row.module, []).append((mark, row))
+        for before, after in found.changed:
+            marked.setdefault(after.module, []).extend((("~<", before), ("~>", after)))
+        for module, entries in marked.items():
+            yield module or "(outside of modules)"
+            for mark, row in entries:
+                yield f"  {mark} {row_text(row)}"
+
+    return View("diff_stages", found.to_dict(), lines)
+
+
+def row_text(row: NodeRow) -> str:
+    """``name = target(args)  dtype[shape]``."""
+    shape = f"  {row.dtype}[{row.shape}]" if row.dtype else ""
+    return f"{row.name} = {row.target}({row.args}){shape}"
+
+
+# -- expectations ---------------------------------------------------------------------------------------------------
+
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_EXPECTATION = re.compile(r"^\s*([A-Za-z_][\w-]*)(?:\.(applied|missed|blocked))?\s*(>=|<=|==|!=|>|<|=)\s*(\d+)\s*$")
+
+
+def unmet(report: Report, expectation: str) -> str:
+    """Why `expectation` does not hold, in words; empty when it holds.
+
+    An expectation is ``NAME[.STATUS] COMPARISON NUMBER``, several of them with commas: ``"layer_skip>=1"``,
+    ``"async_softmax.missed==0"``, ``"graphs<=2"``, ``"kernels>0"``, ``"errors==0"``.
+
+    Raises:
+        SettingError: for a text that is no expectation, or a technique that does not exist.
+    """
+    messages = [message for part in expectation.split(",") if (message := _unmet(report, part))]
+    return " ".join(messages)
+
+
+def expect(report: Report, expectation: str) -> bool:
+    """True, or raises :class:`Unmet` saying what was counted; see :func:`unmet` for the form."""
+    message = unmet(report, expectation)
+    if message:
+        raise Unmet(message)
+    return True
+
+
+def _unmet(report: Report, text: str) -> str:
+    found = _EXPECTATION.match(text)
+    if not found:
+        raise SettingError(
+            f"{text.strip()!r} is no expectation. Write NAME>=NUMBER, such as 'layer_skip>=1', 'layer_skip.missed==0', "
+            f"'graphs<=2' or 'kernels>0'; comparisons are {' '.join(_COMPARISONS)}."
+        )
+    name, status, sign, wanted = found[1], found[2] or "applied", found[3], int(found[4])
+    totals = {
+        "graphs": len(report.graphs),
+        "kernels": len(report.kernels),
+        "errors": sum(bool(graph.error) for graph in report.graphs),
+    }
+    counted = totals[name] if name in totals else report.count(name, status)
+    if _COMPARISONS["==" if sign == "=" else sign](counted, wanted):
+        if name not in totals and not counted:
+            reasons_why.ask(report, name)  # a misspelt technique is never there, and that must not pass
+        return ""
+    if name in totals:
+        errors = "; ".join(g.error.splitlines()[0] for g in report.graphs if g.error) if name == "errors" else ""
+        return f"expected {text.strip()}, found {counted}.{f' {errors}' if errors else ''}"
+    return f"expected {text.strip()}, found {counted} {status}. {reasons_why.why(report, name)}"
