@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,46 +138,20 @@ def constexpr_defaults(kernel_fn: Any) -> dict[str, Any]:
     return {p.name: p.default for p in kernel_fn.params if p.is_constexpr and p.has_default}
 
 
-@contextlib.contextmanager
-def tracing_on_fake_tensors(model: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    """The arguments as fake tensors, while parameters and buffers of `model` are fake too; both put back at the end."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-    from torch.utils import _pytree as pytree
+def call_alone(backend: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    """What `model` returns when compiled by `backend`, for this call only: static shapes, no trace of it kept.
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
-            return value
-        made = mode.from_tensor(value, static_shapes=True)
-        return torch.nn.Parameter(made, requires_grad=value.requires_grad) if isinstance(value, torch.nn.Parameter) else made
-
-    memo: dict[int, Any] = {}
-    kept: list[tuple[dict[str, Any], str, Any]] = []
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, value in table.items():
-                if value is not None:
-                    kept.append((table, name, value))
-                    table[name] = memo.setdefault(id(value), None) or memo.__setitem__(id(value), fake(value)) or memo[id(value)]
-    try:
-        with mode:
-            yield pytree.tree_map(fake, args), pytree.tree_map(fake, kwargs)
-    finally:
-        for table, name, value in kept:
-            table[name] = value
-
-
-def capture(backend: Any, model: Any, args: Any, kwargs: Any) -> None:
-    """Run `model` once under Dynamo with `backend`, forgetting the compiled code afterwards."""
+    Dynamo keeps compiled code, and counts recompilations, by code object. The function compiled here has a code
+    object of its own, so neither the model's other compilations nor their limit are touched. ``_call_impl`` goes
+    round a compilation that the model itself carries.
+    """
     import torch
 
-    torch._dynamo.reset()
-    try:
-        torch.compile(type(model).__call__, backend=backend)(model, *args, **kwargs)
-    finally:
-        torch._dynamo.reset()
+    def call(model: Any, args: Any, kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_firstlineno=call.__code__.co_firstlineno)
+    return torch.compile(call, backend=backend, dynamic=False)(model, args, kwargs)
 
 
 def triton_version() -> str:

@@ -125,7 +125,7 @@ class Feeder:
             if rng.random() < share:
                 ids = np.array(planted(self.tokenizer, ids.tolist(), length + 1, rng), dtype=np.int64)
             elif rng.random() < recipe.repeated and (rows or recipe.tokens <= length):
-                period = rng.randrange(16, length // 2)
+                period = rng.randrange(16, rng.choice((64, length // 4, length // 2)) + 1)
                 once = ids[:period].copy()
                 np.random.default_rng((recipe.seed, step, len(rows))).shuffle(once)
                 ids = np.resize(once, length + 1)

@@ -16,16 +16,24 @@ if not (_root / "fxopt" / "passes").exists() and (_root / "passes").exists():
 
 from fxopt.compiler import compile  # noqa: E402
 from fxopt.meaning import reference  # noqa: E402
+from fxopt.passes.async_softmax import AsyncSoftmax  # noqa: E402
+from fxopt.passes.cache_extent import CacheExtent  # noqa: E402
+from fxopt.passes.gqa_packing import GqaPacking  # noqa: E402
 from fxopt.passes.layer_skip import LayerSkip  # noqa: E402
 from fxopt.passes.technique import PassError, SettingError, Technique  # noqa: E402
 from fxopt.planning import plan  # noqa: E402
+from fxopt.recipe import Recipe  # noqa: E402
 from fxopt.reporting import Report, report, reports  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncSoftmax",
+    "CacheExtent",
+    "GqaPacking",
     "LayerSkip",
     "PassError",
+    "Recipe",
     "Report",
     "SettingError",
     "Technique",

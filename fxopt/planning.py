@@ -1,79 +1,198 @@
-"""``fxopt.plan``: what would be rewritten, on fake tensors: no weights are read, no GPU is needed, nothing compiled."""
+"""``fxopt.plan``: what would be rewritten. No weights are read, no GPU is needed, nothing is computed or compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from fxopt import reporting
 from fxopt.backend import describe, run_passes
-from fxopt.codegen import compat
+from fxopt.codegen import compat, roofline
 from fxopt.compiler import Given, settle
+from fxopt.options import Settings
 from fxopt.passes.provenance import number_nodes
-from fxopt.passes.record import Recorder
-from fxopt.passes.technique import SettingError
+from fxopt.passes.record import GraphRecord, Recorder, Remark
+from fxopt.passes.technique import SettingError, nearest
 from fxopt.reporting import Report
+
+ESTIMATE = "roofline"
+"""Under this name a plan's estimates stand among the remarks."""
 
 
 def plan(
     model: nn.Module,
     *techniques: Given,
-    inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    inputs: Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None = None,
     target: str | None = None,
 ) -> Report:
     """A dry run: the report that compiling `model` with `techniques` would leave.
 
+    The model may lie on the meta device (build it under ``torch.device("meta")``), so that one of any size can be
+    planned on a laptop. Where Python needs a value of the model to go on, as after a graph break, it gets zeros.
+
     Args:
         inputs: keyword arguments (or a tuple of positional ones) of one forward; without them, token ids
-            ``[1, 32]`` for a Hugging Face text model. Meta tensors will do, and so will a model on the meta device.
-        target: name of the device to plan for, as in the roofline's table (``"h200"``); default: the model's own.
+            ``[1, 32]`` for a Hugging Face text model, zeros of the configured image size for a vision model. Only
+            shapes and types matter: tensors are moved to the model's device, from or to meta.
+        target: name of a device in the roofline's table (``"h200"``): adds lower bounds of the time there.
 
     Raises:
         SettingError: for a setting that is misspelt or cannot be applied to this model.
     """
     settings, _ = settle(model, techniques)
-    if target is not None:
-        from fxopt.codegen import roofline
-
-        known = {name.lower().replace(" ", "_"): name for name in roofline.DEVICES}
-        if target.lower().replace(" ", "_") not in known:
-            raise SettingError(f"target={target!r} is not in the device table: {', '.join(roofline.DEVICES)}.")
+    device = _target(target)
     args, kwargs = _example(model, inputs)
-    graphs = []
-
-    def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        record = reporting.new_record(compat.compile_id(), -1)
-        record.role = "plan"
-        number_nodes(gm.graph)
-        describe(record, gm)
-        recorder = Recorder(record, settings.record)
-        recorder.stage("captured", gm.graph, level="torch", seconds=0.0)
-        rewritten, _, _ = run_passes(gm, record, recorder, settings)
-        graphs.append(record)
-        return rewritten.forward
-
-    with compat.tracing_on_fake_tensors(model, args, kwargs) as (fake_args, fake_kwargs), torch.no_grad():
-        compat.capture(capture, model, fake_args, fake_kwargs)
-    reporting.discard(graphs)
+    graphs: list[GraphRecord] = []
+    try:
+        with torch.no_grad():
+            compat.call_alone(_dry(settings, type(model).__name__, device, graphs), model, args, kwargs)
+    finally:
+        reporting.discard(graphs)
     return Report(graphs)
 
 
+def _dry(settings: Settings, model: str, device: roofline.Device | None, graphs: list[GraphRecord]) -> Any:
+    """A backend that runs the passes on each graph, and answers calls with zeros."""
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        started = time.perf_counter()
+        record = reporting.new_record(compat.compile_id(), -1)
+        graphs.append(record)
+        number_nodes(gm.graph)
+        describe(record, gm)
+        record.role, record.model = "plan", model
+        answer = zeros_for(gm.graph)
+        recorder = Recorder(record, settings.record)
+        recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
+        before = work(gm.graph)
+        gm, _, _ = run_passes(gm, record, recorder, settings)
+        if device is not None:
+            record.remarks.append(Remark(ESTIMATE, "analysis", "", _estimate(before, work(gm.graph), device)))
+        record.seconds = time.perf_counter() - started
+        return answer
+
+    return backend
+
+
+def zeros_for(graph: fx.Graph) -> Callable[..., Any]:
+    """A function with the inputs and outputs of `graph` that returns zeros (inputs that are outputs: themselves)."""
+    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    (result,) = graph.output_node().args
+    wanted = fx.map_arg(result, lambda n: _Output(places.get(n, -1), _shape(n)))
+
+    def answer(*inputs: Any) -> Any:
+        return pytree.tree_map_only(
+            _Output, lambda o: inputs[o.place] if o.place >= 0 else o.zeros(), wanted, is_leaf=_is_output
+        )
+
+    return answer
+
+
+class _Output:
+    def __init__(self, place: int, shape: Any) -> None:
+        self.place = place
+        self.shape = shape
+
+    def zeros(self) -> Any:
+        if not isinstance(self.shape, tuple):
+            return self.shape
+        size, dtype, device = self.shape
+        return torch.zeros(size, dtype=dtype, device=device)
+
+
+def _is_output(value: Any) -> bool:
+    return isinstance(value, _Output)
+
+
+def _shape(node: fx.Node) -> Any:
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor):
+        return tuple(int(size) for size in value.shape), value.dtype, value.device
+    return value
+
+
+# -- inputs and estimates -------------------------------------------------------------------------------------------
+
+
 def _example(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if inputs is None:
+        return (), _default_inputs(model, device)
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta == (device.type == "meta"):
+            return tensor
+        return tensor.to("meta") if device.type == "meta" else torch.zeros_like(tensor, device=device)
+
+    inputs = pytree.tree_map_only(torch.Tensor, moved, inputs)
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    if inputs is not None:
-        return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+
+
+def _default_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
     config = getattr(model, "config", None)
-    if config is None:
-        raise SettingError("plan needs inputs={...} (the keyword arguments of one forward) for this model.")
-    device = next(model.parameters()).device
-    if getattr(config, "image_size", None) and not getattr(config, "vocab_size", None):
-        size = config.image_size
-        return (), {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), size, size, device=device)}
+    text = getattr(config, "get_text_config", lambda: config)()
+    if getattr(config, "image_size", None) and not getattr(text, "vocab_size", None):
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), *size, device=device)}
+    if not getattr(text, "vocab_size", None):
+        raise SettingError(
+            f"plan cannot guess the inputs of {type(model).__name__}: give inputs={{...}}, the keyword arguments of one "
+            "forward (meta tensors will do)."
+        )
     ids = torch.zeros(1, 32, dtype=torch.long, device=device)
-    if getattr(config, "is_encoder_decoder", False):
-        return (), {"input_ids": ids, "decoder_input_ids": ids}
-    return (), {"input_ids": ids}
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})}
+
+
+def _target(name: str | None) -> roofline.Device | None:
+    if name is None:
+        return None
+    device = roofline.find_device(name)
+    if device is None:
+        known = list(roofline.DEVICES)
+        raise SettingError(
+            f"target={name!r} is not in the device table: {', '.join(known)}.{nearest(name.upper(), known)}"
+        )
+    return device
+
+
+def work(graph: fx.Graph) -> tuple[float, float, str]:
+    """(floating-point operations, bytes read and written, data type) of the matrix products and attentions of `graph`.
+
+    Everything else is taken as fused into them, so times made of it are lower bounds.
+    """
+    flops = moved = 0.0
+    dtype = "bfloat16"
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", str(node.target))
+        out = node.meta.get("example_value")
+        if name not in _PRODUCTS or not isinstance(out, torch.Tensor):
+            continue
+        inputs = [v for a in node.all_input_nodes if isinstance(v := a.meta.get("example_value"), torch.Tensor)]
+        if len(inputs) < 2:
+            continue
+        dtype = str(out.dtype).removeprefix("torch.")
+        moved += sum(float(t.numel() * t.element_size()) for t in (*inputs, out))
+        if name == "scaled_dot_product_attention":
+            flops += 4.0 * float(out.numel()) * float(inputs[1].shape[-2])
+        else:
+            flops += 2.0 * float(out.numel()) * float(inputs[0].shape[-1])
+    return flops, moved, dtype
+
+
+_PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+
+
+def _estimate(before: tuple[float, float, str], after: tuple[float, float, str], device: roofline.Device) -> str:
+    first, last = (1e3 * roofline.estimate(flops, moved, device, dtype) for flops, moved, dtype in (before, after))
+    bound = "memory" if after[1] / device.bandwidth >= last * 0.999e-3 else "arithmetic"
+    return (
+        f"at least {first:.3g} ms as captured, {last:.3g} ms as rewritten on {device.name} ({bound}-bound, "
+        f"{after[0] / 1e9:.3g} GFLOP, {after[1] / 1e9:.3g} GB; products and attention only)"
+    )

@@ -75,9 +75,13 @@ def is_partial(stack: Stack, graph: fx.Graph) -> bool:
     """Whether a graph break left only some layers of the stack in this graph."""
     if stack.layers[0].index != 0 or not is_placed(stack):
         return True
+    return ends_in_a_break(graph) and all(user.op == "output" for user in stack.layers[-1].output.users)
+
+
+def ends_in_a_break(graph: fx.Graph) -> bool:
+    """Whether the graph is a part of the model that ends where Dynamo could not go on."""
     reason = getattr(graph.owning_module, "compile_subgraph_reason", None)
-    broken = bool(getattr(reason, "graph_break", False))
-    return broken and all(user.op == "output" for user in stack.layers[-1].output.users)
+    return bool(getattr(reason, "graph_break", False))
 
 
 def is_placed(stack: Stack) -> bool:

@@ -169,7 +169,10 @@ class LayerSkip(Technique):
                 code=rejected.code,
             )
         if not structure.stacks:
-            context.missed("FX112", "", "no stack of repeated layers in this graph")
+            if depth.ends_in_a_break(graph):
+                context.note("", "no layers in this part of the model", code="FX105")
+            else:
+                context.missed("FX112", "", "no stack of repeated layers in this graph")
             return
         original = depth.OriginalGraph(graph)
         for stack in structure.stacks:

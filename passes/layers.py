@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from fxopt.passes.containers import Call, Container, containers_of, split_member
 from fxopt.passes.provenance import module_path, source_line
@@ -172,8 +173,7 @@ class _Search:
         self._take_singles(singles)
         self._take_whole_graph()
         if not self.stacks and not self.rejected:
-            reason = "no container of repeated modules, and no residual path from an input of the graph to an output"
-            self._reject("", NOTHING_REPEATED, reason, None)
+            self._reject("", NOTHING_REPEATED, self._nothing_repeats(), None)
         self.stacks.sort(key=lambda stack: self.position[stack.layers[0].output])
         return Structure(tuple(self.stacks), tuple(self.rejected.values()))
 
@@ -359,6 +359,11 @@ class _Search:
         if stray.streams:
             return NOT_CHAINED, f"{stray.path} does not continue the residual stream of the modules before it"
         return NO_STREAM, f"nothing is added to the input of {stray.path}: without a residual path it cannot be skipped"
+
+    def _nothing_repeats(self) -> str:
+        reason = "no container of repeated modules, and no residual path from an input of the graph to an output"
+        hidden = sorted({op_name(n) for n in self.graph.nodes if isinstance(n.target, HigherOrderOperator)})
+        return f"{reason}; regions inside {', '.join(hidden)} are not searched" if hidden else reason
 
     def _reject(self, path: str, code: str, reason: str, node: fx.Node | None) -> None:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)

@@ -6,6 +6,9 @@ from fxopt.passes.technique import Technique
 
 ORDER: tuple[str, ...] = (
     "layer_skip",  # first: what is skipped need not be recognised, routed or packed by anyone after
+    "gqa_packing",  # before cache_extent: only an unrepeated cache can be read up to a length
+    "cache_extent",  # before async_softmax, whose kernels take the extent as an argument
+    "async_softmax",
 )
 
 

@@ -148,7 +148,8 @@ def activations(graph: fx.Graph) -> frozenset[fx.Node]:
         else:
             # A cache made in the graph starts as zeros and is filled in place, which the data flow does not show.
             inputs = [a for a in node.all_input_nodes if _carries(a)]
-            fresh = any(a in found for a in inputs) or (node.op != "get_attr" and not inputs)
+            made_here = not inputs or op_name(node).startswith("embedding")
+            fresh = any(a in found for a in inputs) or (node.op != "get_attr" and made_here)
         if fresh:
             found.add(node)
     return frozenset(found)

@@ -69,7 +69,6 @@ def _check(desc: DecodeAttention, q: Tensor, k: Tensor, v: Tensor, needed: Mappi
         "slopes": [(heads,)],
         "extent": [(batch,)],
         "phi": [(kv_heads,), (batch, heads, tokens)],
-        "counter": [(2,)],
     }
     for name, (wanted, given) in needed.items():
         if wanted != (given is not None):
@@ -155,6 +154,8 @@ def decode_attention(
         raise ValueError(f"decode_attention: partials are {tuple(partials.numerator.shape)}; use empty_partials")
     splits = partials.denominator.shape[2]
     out = torch.empty((batch, heads, tokens, desc.channels), dtype=q.dtype, device=q.device)
+    if counter is not None and (counter.shape != (2,) or counter.dtype != torch.int64):
+        raise ValueError(f"decode_attention: counter is {counter.dtype} {tuple(counter.shape)}; it needs int64 (2,)")
     if counter is None:
         counter = torch.zeros(2, dtype=torch.int64, device=q.device)
     flags = torch.empty((batch, kv_heads, desc.rows), dtype=torch.int32, device=q.device) if unified else None

@@ -73,7 +73,7 @@ def _asset(name: str) -> str:
 
 def embedded(data: Any) -> str:
     """`data` as ASCII JSON that cannot end or open an HTML element."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, default=str)
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, sort_keys=True, default=str)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

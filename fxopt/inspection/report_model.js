@@ -11,6 +11,15 @@ function decodeRow(row) {
   return node;
 }
 
+/** Dynamo's names of parameters and buffers, as their path in the model: "layers.7.input_layernorm.weight". */
+function shortName(name) {
+  if (!/_modules_|_parameters_|_buffers_/.test(name)) return name;
+  const path = name.replace(/^.*?_(?=modules_|parameters_|buffers_)/, "").replace(/^(modules|parameters|buffers)_/, "")
+    .replace(/_(modules|parameters|buffers)_/g, ".").replace(/_+$/, "");
+  return path.split(".").slice(-4).join(".");
+}
+const shortArgs = args => args.replace(/\b[A-Za-z_]\w*_(?:modules|parameters|buffers)_\w+/g, shortName);
+
 function decodeGraph(graph, index) {
   graph.index = index;
   graph.stages.forEach((stage, i) => {
@@ -58,7 +67,7 @@ function findNode(graph, id) {
 }
 
 /** Stages that made, changed or removed a node. */
-function history(graph, id) {
+function stagesOf(graph, id) {
   return graph.stages.flatMap(stage => {
     if (stage.added.some(n => n.id === id)) return [[stage.index === 0 ? "captured" : "made by", stage]];
     if (stage.changed.some(n => n.id === id)) return [["changed by", stage]];

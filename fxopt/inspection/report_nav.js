@@ -16,9 +16,9 @@ function closeCard() {
   card.hidden = true;
   document.body.classList.remove("with-card");
   const graph = /^#(g\d+)/.exec(location.hash);
-  history_.replace(graph ? graph[1] : "");
+  setHash(graph ? graph[1] : "");
 }
-const history_ = { replace: hash => window.history.replaceState(null, "", hash ? "#" + hash : location.pathname + location.search) };
+const setHash = hash => history.replaceState(null, "", hash ? "#" + hash : location.pathname + location.search);
 
 const part = (title, ...content) => {
   const inside = content.flat(3).filter(Boolean);
@@ -38,12 +38,12 @@ function nodeCard(graph, id) {
   });
   const origins = node.origins.filter(o => o !== id);
   const kernels = graph.kernels.map((k, i) => [k, i]).filter(([k]) => k.nodes.includes(id));
-  showCard(node.name, removedBy ? `node, removed by ${removedBy.name}` : "node",
+  showCard(shortName(node.name), removedBy ? `node, removed by ${removedBy.name}` : "node",
     el("p.call", {}, `${node.target}(`, pieces, ")"),
-    el("p", {}, el("b", {}, `${node.dtype}[${node.shape}]`), el("span.quiet", {}, ` ${node.op}, id ${node.id}`)),
+    el("p", {}, el("b", {}, `${node.dtype}[${node.shape}]`), el("span.quiet", {}, ` ${node.op}, id ${node.id}`), shortName(node.name) !== node.name && el("p.quiet.mono", {}, node.name)),
     part("Module", moduleTrail(graph, node.module)),
     part("Source line", node.source && el("p", {}, lineLink(graph, node.source))),
-    part("History", list(history(graph, id).map(([word, s]) => (s.index ? [`${word} `, link(`g${graph.index}.s${s.index}`, s.name)] : "captured by Dynamo")))),
+    part("History", list(stagesOf(graph, id).map(([word, s]) => (s.index ? [`${word} `, link(`g${graph.index}.s${s.index}`, s.name)] : "captured by Dynamo")))),
     part("Descends from", list(origins.map(o => nodeById(graph, o)))),
     part("Became", list(descendants(graph, id).map(n => nodeLink(graph, n)))),
     part("Read by", list(usersOf(graph, node).map(n => nodeLink(graph, n)))),
@@ -72,10 +72,22 @@ function moduleCard(graph, path) {
     part("What was done, and why not", remarks.slice(0, 30).map(r => remarkRow(graph, { ...r, paths: [r.path], members: [r] }))),
     part("Left as it is by", untouched.length && el("p", {}, untouched.join(", "))),
     part("Kernels", list(kernels.map(([k, i]) => link(`g${graph.index}.k${i}`, k.name)))),
-    part("Source lines", list([...new Set(nodes.filter(n => n.op !== "placeholder").map(n => n.source).filter(Boolean))].map(s => lineLink(graph, s)))),
+    part("Source lines", lineGroups(graph, [...new Set(nodes.filter(n => n.op !== "placeholder").map(n => n.source).filter(Boolean))])),
     part("Submodules", list(children.map(c => moduleLink(graph, `${path}.${c}`)))),
     part("Made by passes", list(made.map(n => nodeLine(graph, n)))),
     part("Nodes as captured", list(nodes.map(n => el(last.rows.has(n.id) ? "span" : "span.gone", {}, nodeLine(graph, n))), 120)));
+}
+
+/** Source lines by file and function: "modeling_llama.py  forward 63 64 65". */
+function lineGroups(graph, sources) {
+  const files = new Map();
+  for (const source of sources) {
+    const match = /^(.*):(\d+), in (.*)$/s.exec(source) || [source, source, "", ""];
+    const file = files.get(match[1]) || files.set(match[1], new Map()).get(match[1]);
+    file.set(match[3], [...(file.get(match[3]) || []), [match[2], source]]);
+  }
+  return [...files].map(([file, functions]) => el("div.file", {}, el("code", {}, file), [...functions].map(([name, lines]) =>
+    el("div.indent", {}, el("span.quiet", {}, `${name} `), lines.map(([at, source]) => [link(`g${graph.index}.l:${source}`, at || "line", "mono"), " "])))));
 }
 
 function lineCard(graph, source) {

@@ -126,7 +126,7 @@ function remarkRow(graph, r) {
 
 const moduleLink = (graph, path) => (path ? link(`g${graph.index}.m:${path}`, path, "mono") : el("span.quiet", {}, "the whole graph"));
 const lineLink = (graph, source) => (source ? link(`g${graph.index}.l:${source}`, source, "mono") : "");
-const nodeLink = (graph, node) => link(`g${graph.index}.n${node.id}`, node.name, "mono");
+const nodeLink = (graph, node) => link(`g${graph.index}.n${node.id}`, shortName(node.name), "mono");
 
 // -- passes ---------------------------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ function differenceTable(graph, stage) {
   let next = 0, module = null;
   const more = el("button.more", { type: "button", onclick: () => draw() });
   const drawLine = line => {
-    const at = (line.right || line.left).module;
+    const at = (line.left || line.right).module;
     if (at !== module) { module = at; body.append(el("div.where", {}, at ? moduleLink(graph, at) : "outside of modules")); }
     const label = { same: "", changed: "~", moved: "↕", removed: "−", added: "+", replaced: "±" }[line.kind];
     body.append(el("div.line." + line.kind, { "data-mark": label }, side(graph, line.left, "minus"), side(graph, line.right, "plus")));
@@ -203,7 +203,7 @@ function differenceTable(graph, stage) {
 
 function side(graph, node, kind) {
   if (!node) return el("span.side.empty", {});
-  return el("span.side" + (kind ? "." + kind : ""), {}, nodeLink(graph, node), ` = ${node.target}(${clip(node.args, 90)})`, shapeOf(node));
+  return el("span.side" + (kind ? "." + kind : ""), {}, nodeLink(graph, node), ` = ${node.target}(${clip(shortArgs(node.args), 90)})`, shapeOf(node));
 }
 const shapeOf = node => (node.shape || node.dtype ? el("span.shape", {}, ` ${node.dtype}[${node.shape}]`) : "");
 const clip = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
@@ -276,4 +276,4 @@ function folder(graph, table, path, count, note) {
     () => el("div.indent", {}, branch(graph, table, path)));
 }
 
-const nodeLine = (graph, node) => el("div.node", {}, nodeLink(graph, node), ` = ${node.target}(${clip(node.args, 120)})`, shapeOf(node));
+const nodeLine = (graph, node) => el("div.node", {}, nodeLink(graph, node), ` = ${node.target}(${clip(shortArgs(node.args), 120)})`, shapeOf(node));

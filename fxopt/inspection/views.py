@@ -207,7 +207,16 @@ def diff_stages(graph: GraphRecord, i: int, j: int) -> View:
 def row_text(row: NodeRow) -> str:
     """``name = target(args)  dtype[shape]``."""
     shape = f"  {row.dtype}[{row.shape}]" if row.dtype else ""
-    return f"{row.name} = {row.target}({row.args}){shape}"
+    target = "" if row.op in ("placeholder", "get_attr") else f" = {row.target}({short_names(row.args)})"
+    return f"{short_names(row.name)}{target}{shape}"
+
+
+_STATE = re.compile(r"\b[A-Za-z_]\w*?_(?:modules|parameters|buffers)_(\w+?)_*\b")
+
+
+def short_names(text: str) -> str:
+    """Dynamo's names of parameters and buffers as their path: ``layers.7.input_layernorm.weight``."""
+    return _STATE.sub(lambda m: ".".join(re.split("_(?:modules|parameters|buffers)_", m[1])[-4:]), text)
 
 
 # -- expectations ---------------------------------------------------------------------------------------------------

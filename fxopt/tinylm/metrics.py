@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import lzma
 from collections.abc import Iterable
 from typing import Any
@@ -61,6 +62,7 @@ def measure(
     }
     return {
         "bytes": len(data),
+        "heldout_sha256": hashlib.sha256(data).hexdigest(),
         "xz_bits_per_byte": len(lzma.compress(data, preset=9)) * 8 / len(data),
         "gzip_bits_per_byte": len(gzip.compress(data, 9, mtime=0)) * 8 / len(data),
         "bits_per_byte": exits[-1].bits_per_byte,

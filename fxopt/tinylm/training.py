@@ -36,14 +36,14 @@ class Recipe:
     """Positions a step that the exit is scored on; a multiple of 512."""
     gap: float = 0.3
     """Share of the steps whose positions jump once, so that short sequences show long distances (PoSE, 2309.10400)."""
-    repeated: float = 0.08
+    repeated: float = 0.25
     """Share of the sequences that repeat shuffled tokens, of which only the repetition is scored."""
-    planted: float = 0.2
+    planted: float = 0.25
     """Share of the sequences with planted copies; 0.5 in the last phase."""
     seed: int = 0
     growth: tuple[tuple[float, int], ...] = ((0.0, 3), (0.12, 6), (0.28, 9), (0.4, 12))
     """From which fraction of the training the stack has how many layers."""
-    contexts: tuple[tuple[float, int], ...] = ((0.0, 256), (0.5, 512), (0.82, 4096))
+    contexts: tuple[tuple[float, int], ...] = ((0.0, 256), (0.5, 512), (0.86, 4096))
     """From which fraction of the training sequences are how long."""
     long: int = 2048
     """The length of every eighth step between 0.4 of the training and the last phase."""

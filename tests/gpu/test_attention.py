@@ -53,8 +53,10 @@ def attend(desc: DecodeAttention, q: Any, k: Any, v: Any, phi: float = 0.0, **ex
 
 @pytest.mark.parametrize("softmax", ["async", "online"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("group", [1, 4, 7, 8, 71])
+@pytest.mark.parametrize(
+    ("group", "head_dim"),
+    [(4, 64), (4, 80), (4, 96), (4, 128), (4, 256), (1, 128), (7, 128), (8, 128), (71, 64), (1, 80)],
+)
 def test_against_float64(group: int, head_dim: int, dtype: torch.dtype, softmax: str) -> None:
     desc = DecodeAttention(dtype, head_dim, group, softmax=softmax)
     for length in (1, 63, 100, 1027, 4096):

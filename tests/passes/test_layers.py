@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
-from fxopt.passes.layers import Structure, find_layers, module_path, source_line
-from fxopt.testing import Handwritten, HandwrittenLayer, capture
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fxopt.passes.layers import Structure, find_layers, module_path, source_line
+from fxopt.testing import Handwritten, HandwrittenLayer, capture
 
 WIDTH = 32
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -78,16 +80,17 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
-    """Embeds, runs a container in a loop, and projects."""
+    """Embeds, runs a container in a loop, and projects. Takes features, or token ids."""
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
         self.embed = nn.Linear(WIDTH, WIDTH)
+        self.tokens = nn.Embedding(9, WIDTH)
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(WIDTH, 7)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
+        x = self.embed(x) if x.is_floating_point() else self.tokens(x)
         for block in self.blocks:
             x = block(x)
         return self.head(x)
@@ -191,6 +194,11 @@ def test_skipping_a_layer_is_deleting_its_module(style, index):
         layer.output.replace_all_uses_with(layer.input)
 
     torch.testing.assert_close(with_edits(model, skip), shorter(X))
+
+
+def test_eager_attention_right_after_the_embedding():
+    found, _ = structure(Chain(Block("post"), Block("post")), torch.randint(0, 9, (2, 5)))
+    assert [kinds(layer) for layer in found.stacks[0].layers] == [["attention", "mlp"]] * 2
 
 
 def test_training_graph_with_dropout():
@@ -499,6 +507,19 @@ def test_a_graph_without_layers():
     found, _ = structure(nn.Linear(WIDTH, 3))
     assert found.stacks == ()
     assert [r.code for r in found.rejected] == ["FX112"]
+
+
+def test_checkpointed_layers_are_named_as_the_cause():
+    class Checkpointed(Chain):
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x.sum(-1)
+
+    found, _ = structure(Checkpointed(Block(), Block()), grad=True)
+    (rejected,) = found.rejected
+    assert rejected.code == "FX112"
+    assert "checkpoint" in rejected.reason
 
 
 def test_stages_of_changing_shape_with_layers_inside():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
+from torch import fx, nn
+
 from fxopt.passes.layers import Layer, Structure, find_layers, module_path
 from fxopt.testing import TINY, capture_generate, inputs_for
-from torch import fx, nn
 
 pytest.importorskip("transformers")
 
@@ -20,7 +21,7 @@ GATED = {"model.layers": (3, ["self_attn.o_proj", "mlp.down_proj"])}
 EXPERTS = {"model.layers": (3, ["self_attn.o_proj", "mlp.experts.down_proj"])}
 BERT = ["attention.output.dense", "output.dense"]
 
-# Name: stacks in the order they run, each with its number of layers and, part by part, what has to be zero to silence it.
+# Name: stacks in the order they run, each with its number of layers and, part by part, what to zero to silence it.
 MODELS: dict[str, dict[str, tuple[int, list[str]]]] = {
     "llama": GATED,
     "qwen2": GATED,
@@ -55,7 +56,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny(name: str) -> nn.Module:
     return TINY[name]()
 
@@ -234,7 +235,7 @@ def test_one_layer_compiled_on_its_own(name):
         found.append(find_layers(module.graph))
         return module.forward
 
-    path = list(MODELS[name])[0]
+    path = next(iter(MODELS[name]))
     layer = model.get_submodule(path)[1]
     torch._dynamo.reset()
     layer.compile(backend=backend)

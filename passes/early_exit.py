@@ -1,0 +1,312 @@
+"""Early exit: stop after some of the layers when the model is sure, with a right KV cache.
+
+Decided in every step, on the device, from the last position: CALM (Schuster et al., arXiv 2207.07061) for the measures
+of confidence and the propagated state, DeeBERT and PABEE for entropy and patience. ``rows="all"`` leaves when every row
+of the batch is sure; ``rows="each"`` freezes a row at its exit, and leaves when no row is left.
+
+Before and after: :mod:`fxopt.passes.exit_region`. What becomes of the caches: :mod:`fxopt.passes.kv_policy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from fxopt.passes import confidence as measures
+from fxopt.passes import depth, kv_policy
+from fxopt.passes.context import PassContext
+from fxopt.passes.exit_check import Check, Checker, find_head
+from fxopt.passes.exit_cost import ExitCost, exit_cost
+from fxopt.passes.exit_counters import DepthCounter
+from fxopt.passes.exit_reference import with_exits
+from fxopt.passes.exit_region import (
+    RegionError,
+    branches_may_write,
+    defer_writes,
+    exit_nodes,
+    find_region,
+    insert_cond,
+    outline,
+)
+from fxopt.passes.layers import Layer, Stack
+from fxopt.passes.modules import ModuleStack, delete_layers, module_stacks
+from fxopt.passes.rewriter import Rewriter
+from fxopt.passes.technique import SettingError, Technique, nearest
+
+CONDITIONAL = "torch.ops.higher_order.cond"
+
+
+@dataclass(frozen=True)
+class EarlyExit(Technique):
+    """Leave the stack of layers after ``layers=(n, ...)`` of them have run, when the confidence is above the threshold.
+
+    - ``confidence``: ``"margin"`` (top-1 minus top-2 probability), ``"max"`` (top-1), ``"entropy"`` (1 - H / ln V),
+      ``"state"`` (cosine of the hidden state after and before the last layer that ran; reads no head), ``"patience"``
+      (consecutive exits with one choice), or a function of the last position's logits ``[B, V]`` to ``[B]`` that can
+      be traced.
+    - ``threshold``: a number in [0, 1], exits when the confidence is **above** it; ``((0, t0), (position, t1), ...)``;
+      or a function of the position (0-d float tensor), such as :func:`fxopt.passes.confidence.decay`. For patience, the
+      number of exits that agree.
+    - ``shortlist``: score only the first so many tokens of the vocabulary; the full head runs when the exit is taken.
+    - ``rows``: ``"all"`` exits when every row agrees; ``"each"`` freezes a row at its own exit.
+    - ``kv``: ``"propagate"``, or ``"none"`` for an exit that is always taken (``confidence="max", threshold=0.0``).
+    - ``phase="decode"``: only where one new token meets a filled cache; ``"all"``: on prompts too, where the last
+      position decides for all.
+
+    Approximate: the model's outputs change. Raises SettingError for settings that cannot hold.
+    """
+
+    name: ClassVar[str] = "early_exit"
+    exact: ClassVar[bool] = False
+
+    layers: tuple[int, ...]
+    confidence: str | Callable[[torch.Tensor], torch.Tensor] = "margin"
+    threshold: Any = 0.9
+    head: Any = "model"
+    shortlist: Any = None
+    rows: str = "all"
+    kv: str = "propagate"
+    phase: str = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _counts(self.layers))
+        if isinstance(self.threshold, list):
+            object.__setattr__(self, "threshold", tuple(tuple(p) if isinstance(p, list) else p for p in self.threshold))
+        self._check_confidence()
+        measures.check_threshold(self.threshold, self.confidence, len(self.layers))
+        if self.head != "model":
+            raise SettingError(
+                f"EarlyExit(head={self.head!r}): heads of their own are not available in this version; leave head='model', "
+                "which scores each exit with the model's final norm and head."
+            )
+        if self.shortlist is not None and (
+            isinstance(self.shortlist, bool) or not isinstance(self.shortlist, int) or self.shortlist < 2
+        ):
+            raise SettingError(
+                f"EarlyExit(shortlist={self.shortlist!r}): a number of tokens of at least 2, such as 4096 (a list of "
+                "tokens from a file is not available in this version); None scores the whole vocabulary."
+            )
+        if self.shortlist is not None and self.confidence in measures.HEADLESS:
+            raise SettingError(f"EarlyExit(confidence={self.confidence!r}) reads no head; leave shortlist out.")
+        _one_of("rows", self.rows, ("all", "each"))
+        _one_of("phase", self.phase, ("all", "decode"))
+        reason = kv_policy.refusal(self.name, self.kv)
+        if reason:
+            raise SettingError(f"EarlyExit(kv={self.kv!r}): {reason}")
+        if self.kv == "none" and not self.always:
+            raise SettingError(
+                "EarlyExit(kv='none') keeps no keys and values after the exit, so that no later token may run those "
+                "layers: it needs an exit that is always taken, confidence='max', threshold=0.0, phase='all' and one "
+                "layer count. Use kv='propagate' for exits that depend on the input."
+            )
+
+    def _check_confidence(self) -> None:
+        if callable(self.confidence) or self.confidence in measures.NAMES:
+            return
+        if isinstance(self.confidence, str) and ("." in self.confidence or "/" in self.confidence):
+            raise SettingError(
+                f"EarlyExit(confidence={self.confidence!r}): classifiers named by a path are not available in this "
+                f"version; use {', '.join(map(repr, measures.NAMES))} or a function of the logits."
+            )
+        raise SettingError(
+            f"EarlyExit(confidence={self.confidence!r}): allowed are {', '.join(map(repr, measures.NAMES))} or a function "
+            f"of the logits.{nearest(str(self.confidence), measures.NAMES)}"
+        )
+
+    @property
+    def always(self) -> bool:
+        """Whether the first exit is taken whatever the input: the largest probability is above zero."""
+        return self.confidence == "max" and self.threshold == 0.0 and self.phase == "all" and len(self.layers) == 1
+
+    @property
+    def never(self) -> bool:
+        """Whether no confidence can be above the threshold."""
+        return isinstance(self.threshold, (int, float)) and self.confidence != "patience" and self.threshold >= 1.0
+
+    # -- meaning ------------------------------------------------------------------------------------------------
+
+    def check(self, model: nn.Module) -> Technique:
+        stacks = module_stacks(model)
+        if stacks:
+            self._check_counts(len(stacks[-1]), stacks[-1].path)
+        return self
+
+    def _check_counts(self, count: int, path: str) -> None:
+        for n in self.layers:
+            if n >= count:
+                raise SettingError(
+                    f"{self}: an exit after {n} layers in {path or 'the stack'}, which has {count}; counts run from 1 to "
+                    f"{count - 1}, because after the last layer nothing is left to save."
+                )
+
+    def reference(self, model: nn.Module) -> nn.Module:
+        """The model with its layers wrapped: a layer after the exit still fills its cache, and returns its input."""
+        stacks: list[ModuleStack] = module_stacks(model)
+        if not stacks:
+            raise SettingError(f"{self}: {type(model).__name__} holds no stack of layers to exit from.")
+        stack = stacks[-1]
+        self._check_counts(len(stack), stack.path)
+        if self.kv == "none":
+            delete_layers(stack, range(self.layers[0]))
+            return model
+        return with_exits(model, stack, self)
+
+    # -- rewrite ------------------------------------------------------------------------------------------------
+
+    def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
+        stacks = [s for s in context.structure.stacks if any(context.covers(n) for layer in s.layers for n in layer.nodes)]
+        if not stacks:
+            context.missed("FX112", "", "no stack of repeated layers in this graph")
+            return
+        # An encoder-decoder's logits come from its last stack.
+        stack = stacks[-1]
+        if not self._legal(stack, context):
+            return
+        if self.never:
+            context.note(stack.path, f"threshold {self.threshold} is never exceeded: nothing is inserted")
+            return
+        if self.kv == "none":
+            self._truncate(stack, context)
+            return
+        original = depth.OriginalGraph(graph)
+        if self.phase == "decode" and not original.needed_for_empty_cache(stack.layers[0]):
+            context.blocked("FX208", stack.path, "whether the static cache is empty cannot be seen in this graph")
+            return
+        try:
+            _, costs = self._insert_exits(graph, stack, context)
+        except RegionError as error:
+            # Everything is found out before anything is changed, but for checks, which the backend takes back.
+            if context.rewriter.changed:
+                raise
+            context.blocked(error.code, error.node, error.message)
+            return
+        counter = DepthCounter(self.layers, len(stack.layers), context.record.number, context.record.owner)
+        context.call_wrappers.append(counter.wrap)
+        if self.phase == "decode":
+            original.finish(context)
+        context.config_patches["unsafe_marked_cacheable_functions"] = {CONDITIONAL: "1"}
+        context.note(
+            stack.path, "the branch of each exit is chosen on the host: one synchronisation for each exit that is reached",
+            code="FX604",
+        )  # fmt: skip
+        for n, cost in zip(self.layers, costs, strict=True):
+            context.applied(stack.layers[n - 1].path, str(cost))
+
+    def _legal(self, stack: Stack, context: PassContext) -> bool:
+        if context.training:
+            context.blocked("FX205", stack.path, "gradients are recorded; exits are for inference: model.eval() under torch.no_grad()")
+            return False
+        clash = kv_policy.conflict(self.name, context.in_use)
+        if clash is not None:
+            raise SettingError(f"{self} together with {clash[0]!r}: {clash[1]}. Remove one of the two.")
+        if depth.is_partial(stack, context.graph):
+            context.blocked("FX105", stack.path, f"only layers {stack.layers[0].index} to {stack.layers[-1].index} are in this graph")
+            return False
+        self._check_counts(len(stack.layers), stack.path)
+        if self.phase == "decode":
+            phase = depth.phase_of(stack.layers[0])
+            if phase != "decode":
+                context.blocked("FX503", stack.path, f"a {phase} runs every layer")
+                return False
+        for layer in stack.layers[self.layers[0] :]:
+            refusal = depth.refusal(layer)
+            if refusal is not None:
+                context.blocked(refusal.code, refusal.node, refusal.message)
+                return False
+        return True
+
+    def _truncate(self, stack: Stack, context: PassContext) -> None:
+        for layer in stack.layers[self.layers[0] :]:
+            erased = depth.skip_layer(layer, context, keep_rows=False)
+            context.applied(layer.path, f"never reached: the exit after {self.layers[0]} layers is always taken; {erased} nodes erased")
+
+    def _insert_exits(self, graph: fx.Graph, stack: Stack, context: PassContext) -> tuple[list[Check], list[ExitCost]]:
+        rewriter = context.rewriter
+        layers = stack.layers
+        head = find_head(graph, layers[-1].output)
+        # A first look at the first exit: a graph that cannot be outlined is left untouched.
+        trial = find_region(graph, layers[self.layers[0] - 1].output, (), ())
+        exit_nodes(trial, _identity(layers, [layers[0].input, *(layer.output for layer in layers)], self.layers[0]), layers)
+        late = [] if branches_may_write() or not trial.effects else defer_writes(graph, layers[self.layers[0] :], rewriter)
+        checker = Checker(self, stack, head, rewriter)
+        stream = [layers[0].input, *(layer.output for layer in layers)]
+        checks: list[Check] = []
+        for number, n in enumerate(self.layers):
+            checks.append(checker.insert(number, stream[n], stream[n - 1], checks[-1] if checks else None))
+            if self.rows == "each":
+                until = self.layers[number + 1] if number + 1 < len(self.layers) else len(layers)
+                for index in range(n, until):
+                    stream[index + 1] = _freeze(layers[index].output, stream[n], checks[-1].exited, rewriter)
+        output = next(iter(graph.find_nodes(op="output")))
+        output.args = ((*_results(output), checks[-1].level),)
+        costs, prepared = [], []
+        for n, check in zip(self.layers, checks, strict=True):
+            region = find_region(graph, stream[n], check.nodes, late)
+            alias = _identity(layers, stream, n)
+            if check.logits is not None:
+                alias[head.logits] = check.logits
+            if check is not checks[-1]:
+                alias[checks[-1].level] = check.level
+            kept = exit_nodes(region, alias, layers)
+            costs.append(exit_cost(n, layers, head, check, kept))
+            prepared.append((region.results, outline(kept, region.results, alias)))
+        # Innermost first: the conditional of a later exit becomes part of the run branch of the one before it.
+        standing: dict[fx.Node, fx.Node] = {}
+        for number in reversed(range(len(checks))):
+            results, branch = prepared[number]
+            region = find_region(graph, stream[self.layers[number]], checks[number].nodes, late)
+            now = [standing.get(r, r) for r in results]
+            before = late[0] if late else output
+            parts = insert_cond(region, now, checks[number].predicate, branch, rewriter, f"exit_{number}", before)
+            standing.update(zip(results, parts, strict=True))
+        return checks, costs
+
+
+def _identity(layers: Sequence[Layer], stream: Sequence[fx.Node], start: int) -> dict[fx.Node, fx.Node]:
+    """Each layer from `start` on returns what it is given. `stream[l]` is the state after l layers."""
+    given = {
+        index: stream[index] if layers[index].input is layers[index - 1].output else layers[index].input
+        for index in range(start, len(layers))
+    }
+    return {stream[index + 1]: given[index] for index in given}
+
+
+def _results(output: fx.Node) -> tuple[Any, ...]:
+    values = output.args[0]
+    return tuple(values) if isinstance(values, (tuple, list)) else (values,)
+
+
+def _freeze(result: fx.Node, state: fx.Node, exited: fx.Node, rewriter: Rewriter) -> fx.Node:
+    """Let rows that have exited keep their state through a layer; returns the stream after it."""
+    rows = rewriter.call(torch.reshape, (exited, (-1, 1, 1)), like=result, after=result)
+    kept = rewriter.call(torch.where, (rows, state, result), like=result, after=rows)
+    rewriter.replace(result, kept, only=lambda user: user is not kept)
+    return kept
+
+
+def _counts(value: Any) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise SettingError(f"EarlyExit(layers={value!r}): write a tuple, layers=({value},).")
+    try:
+        counts = tuple(value)
+    except TypeError:
+        raise SettingError(f"EarlyExit(layers={value!r}): a tuple of layer counts, such as (8, 16).") from None
+    for n in counts:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise SettingError(f"EarlyExit(layers={value!r}): {n!r} is no count of layers that have run (an int from 1 on).")
+    if not counts:
+        raise SettingError("EarlyExit(layers=()): name at least one exit, such as layers=(8,).")
+    if len(set(counts)) != len(counts):
+        raise SettingError(f"EarlyExit(layers={value!r}): each exit once.")
+    return tuple(sorted(counts))
+
+
+def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SettingError(
+            f"EarlyExit({field}={value!r}): allowed are {', '.join(map(repr, allowed))}.{nearest(str(value), allowed)}"
+        )

@@ -1,0 +1,220 @@
+"""What is computed at an exit: the model's own head on the state there, a confidence, and the decision.
+
+The head is everything between the last layer's output and the logits: final norm, slices, projection, soft cap. It is
+copied node by node, so that tied and capped heads need no case of their own. Only the last position is scored.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.passes import cache_rows, confidence, depth
+from fxopt.passes.exit_region import RegionError
+from fxopt.passes.layers import Layer, Stack
+from fxopt.passes.rewriter import Rewriter
+from fxopt.passes.streams import op_name
+
+
+@dataclass(frozen=True)
+class Head:
+    """The nodes from the last layer's output to the logits, both ends included for the logits."""
+
+    start: fx.Node
+    logits: fx.Node
+    nodes: tuple[fx.Node, ...]
+    projection: fx.Node
+    vocabulary: int
+
+    @property
+    def weight(self) -> fx.Node:
+        return self.projection.args[1]  # type: ignore[return-value]
+
+
+def find_head(graph: fx.Graph, last: fx.Node) -> Head:
+    """The region between the last layer and the logits. Raises :class:`RegionError` when there is none."""
+    output = next(iter(graph.find_nodes(op="output")))
+    order = list(graph.nodes)
+    after = set(order[order.index(last) + 1 :])
+    dependent = depth.forward_slice([last], after)
+    ends = []
+    for node in output.all_input_nodes:
+        if node not in dependent:
+            continue
+        nodes = [n for n in order if n in depth.backward_slice([node], dependent)]
+        products = [n for n in nodes if op_name(n) == "linear" and n in dependent]
+        if products:
+            ends.append((node, nodes, products[-1]))
+    if len(ends) != 1:
+        raise RegionError(
+            "FX101", output, f"{len(ends)} outputs of the graph are a projection of the last layer's output; an exit "
+            "needs one, the logits"
+        )  # fmt: skip
+    logits, nodes, projection = ends[0]
+    tensor = depth.value(logits)
+    weight = projection.args[1]
+    if tensor.ndim != 3 or not isinstance(weight, fx.Node) or tensor.shape[-1] != depth.value(weight).shape[0]:
+        raise RegionError(
+            "FX101", logits, f"logits of shape {tuple(tensor.shape)}: an exit of a decoder scores [B, S, V] with V the "
+            "rows of the head"
+        )  # fmt: skip
+    return Head(last, logits, tuple(nodes), projection, int(depth.value(weight).shape[0]))
+
+
+@dataclass
+class Check:
+    """What one exit inserted. ``logits``: at the exit, in the shape of the model's, or None where none were needed."""
+
+    nodes: list[fx.Node]
+    predicate: fx.Node
+    exited: fx.Node
+    logits: fx.Node | None
+    level: fx.Node
+    choice: fx.Node | None = None
+    run: fx.Node | None = None
+
+
+class Checker:
+    """Inserts the checks of the exits of one graph, first exit first."""
+
+    def __init__(self, setting: Any, stack: Stack, head: Head, rewriter: Rewriter) -> None:
+        self.setting = setting
+        self.stack = stack
+        self.head = head
+        self.rewriter = rewriter
+        self.logits_shape = tuple(depth.value(head.logits).shape)
+
+    def insert(self, number: int, state: fx.Node, before_layer: fx.Node, earlier: Check | None) -> Check:
+        """The check of exit `number`; `state` follows the layer whose input is `before_layer`."""
+        setting, rewriter = self.setting, self.rewriter
+        known = set(rewriter.graph.nodes)
+        place = state.next
+        put = partial(self._inline, place=place, like=state)
+        last = put(lambda h: h[:, -1:, :], [state])
+        logits = choice = run = None
+        if setting.confidence != "state":
+            logits = self._head(last, state, place)
+        if setting.confidence == "state":
+            before = put(lambda h: h[:, -1, :], [before_layer])
+            sure = put(confidence.saturation, [put(lambda h: h[:, -1, :], [state]), before])
+        else:
+            scores = put(lambda x: x[:, -1, :], [logits])
+            if setting.confidence == "patience":
+                choice, run = put(
+                    confidence.agreement, [scores, *((earlier.choice, earlier.run) if earlier else (None, None))]
+                )
+                sure = run
+            elif callable(setting.confidence):
+                sure = put(setting.confidence, [scores])
+            else:
+                size = int(depth.value(scores).shape[-1])
+                sure = put(confidence.of_logits(setting.confidence, size), [scores])
+        rows = depth.value(sure)
+        if not isinstance(rows, torch.Tensor) or rows.ndim != 1:
+            raise RegionError("FX101", state, f"the confidence has shape {getattr(rows, 'shape', None)}; it is one number a row, [B]")
+        newly = self._above(sure, state, place, put)
+        exited = newly
+        if setting.rows == "each" and earlier is not None:
+            exited = put(torch.logical_or, [newly, earlier.exited])
+        predicate = put(torch.all, [exited])
+        level = self._level(number, sure, exited, predicate, earlier, put)
+        made = [n for n in rewriter.graph.nodes if n not in known]
+        usable = logits if logits is not None and tuple(depth.value(logits).shape) == self.logits_shape else None
+        return Check(made, predicate, exited, usable, level, choice, run)
+
+    def _inline(self, function: Callable[..., Any], inputs: list[fx.Node | None], *, place: fx.Node, like: fx.Node) -> Any:
+        return confidence.inline(function, inputs, self.rewriter, before=place, like=like)
+
+    def _head(self, last: fx.Node, state: fx.Node, place: fx.Node) -> fx.Node:
+        """The head on ``last: [B, 1, W]``; on all positions where its literal shapes allow no other."""
+        batch = depth.value(last).shape[0]
+        for source in (last, state):
+            made: list[fx.Node] = []
+            try:
+                logits = self._copy_head(source, place, made)
+            except (RuntimeError, ValueError, TypeError):
+                logits = None
+            if logits is not None and depth.value(logits).ndim == 3 and depth.value(logits).shape[0] == batch:
+                return logits
+            self.rewriter.erase(made)
+        raise RegionError("FX103", self.head.logits, "the head could not be copied: literal shapes in it do not fit")
+
+    def _copy_head(self, source: fx.Node, place: fx.Node, made: list[fx.Node]) -> fx.Node:
+        mapping = {self.head.start: source}
+        for node in self._head_and_helpers():
+            copied = self.rewriter.copy(node, mapping, before=place)
+            if node is self.head.projection and self.setting.shortlist is not None:
+                self._shorten(copied)
+            mapping[node] = copied
+            made.append(copied)
+        return mapping[self.head.logits]
+
+    def _head_and_helpers(self) -> list[fx.Node]:
+        """The head with what it computes from weights alone, in order; those stand behind the exit in the graph."""
+        order = list(self.rewriter.graph.nodes)
+        start = order.index(self.head.start)
+        after = {n for n in order[start + 1 :] if n.op in ("call_function", "call_method")}
+        reach = depth.backward_slice([self.head.logits], after | set(self.head.nodes))
+        return [n for n in order if n in reach]
+
+    def _shorten(self, projection: fx.Node) -> None:
+        count = min(int(self.setting.shortlist), self.head.vocabulary)
+        for index in (1, 2):
+            weight = projection.args[index] if len(projection.args) > index else None
+            if isinstance(weight, fx.Node):
+                part = self.rewriter.method("narrow", (weight, 0, 0, count), like=projection, before=projection)
+                self.rewriter.set_argument(projection, index, part)
+
+    def _above(self, sure: fx.Node, state: fx.Node, place: fx.Node, put: Callable[..., Any]) -> fx.Node:
+        threshold = self.setting.threshold
+        if self.setting.confidence == "patience":
+            return put(lambda run: run >= threshold, [sure])
+        schedule = confidence.schedule_of(threshold)
+        if schedule is None:
+            return put(lambda c: c > threshold, [sure])
+        return put(lambda c, p: c > p, [sure, put(schedule, [self._position(state, put, place)])])
+
+    def _position(self, state: fx.Node, put: Callable[..., Any], place: fx.Node) -> fx.Node:
+        """0-d float tensor: the 0-based position of the last token, from the cache's own length."""
+        first = self.stack.layers[0]
+        counter = cache_rows.length_counter(first)
+        if counter is not None:
+            # The first layer has advanced the counter by the tokens of this step before any exit is reached.
+            return put(lambda n: (n - 1).float(), [counter])
+        total: Any = -1
+        for node, dim in [(state, 1), *((cache, 2) for cache in cache_rows.cache_inputs(first)[:1])]:
+            size: Any = depth.value(node).shape[dim]
+            if not isinstance(size, int):
+                size = self.rewriter.call(torch.ops.aten.sym_size.int, (node, dim), like=state, before=place)
+            fixed = isinstance(size, int) and isinstance(total, int)
+            total = total + size if fixed else self.rewriter.call(operator.add, (total, size), like=state, before=place)
+        options = {"device": depth.value(state).device, "dtype": torch.float32}
+        return self.rewriter.call(torch.full, ((), total), options, like=state, before=place)
+
+    def _level(
+        self, number: int, sure: fx.Node, exited: fx.Node, predicate: fx.Node, earlier: Check | None, put: Callable[..., Any]
+    ) -> fx.Node:
+        """``[B]`` int64: the exit a row took; the number of exits for none, one more for none because of NaN."""
+        count = len(self.setting.layers)
+        patience = self.setting.confidence == "patience"
+        each = self.setting.rows == "each"
+
+        def first(sure: Any) -> Any:
+            return torch.full_like(sure, count, dtype=torch.int64)
+
+        def undecided(level: Any, sure: Any) -> Any:
+            return torch.where(torch.logical_and(sure != sure, level == count), count + 1, level)
+
+        def taken(level: Any, goes: Any) -> Any:
+            return torch.where(torch.logical_and(goes, level >= count), number, level)
+
+        level = earlier.level if earlier is not None else put(first, [sure])
+        if not patience:
+            level = put(undecided, [level, sure])
+        return put(taken, [level, exited if each else predicate])

@@ -1,0 +1,323 @@
+"""What mixture of depths computes, in plain PyTorch: routers, the choice of tokens, the routed block.
+
+For a block with residual, ``block(x) = x + f(x)``, and a router with weight w (Raposo et al., arXiv 2404.02258)::
+
+    r  = x . w                                   # [B, S]
+    X~ = the selected tokens of x, ascending     # [B, C, W]
+    x' = x + r * f(X~) at those tokens, x elsewhere
+
+The block is called on C tokens, in eager too: nothing is computed and masked afterwards. While training, the C tokens
+with the highest r of each sequence are selected, which looks at the whole sequence. In ``eval()`` a predictor decides
+for each token on its own, so that decoding can make the same choice one token at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxopt.codegen import compat
+from fxopt.passes.regions import Call, Selection, ascending, padding, rows
+
+ROUTERS = "fxopt_router"
+"""Name of the child of the decorated model that holds the routers: ``state_dict`` keys ``fxopt_router.<layer>.*``."""
+ROUTER = "_fxopt_router"
+"""Attribute of a routed layer: its router, or None where routing was taken away again."""
+ROUTED = "fxopt.routed"
+"""Key of the annotation on the nodes that gather and scatter a routed layer's tokens."""
+OVERFLOW = Fraction(5, 4)
+"""A compiled eval forward has room for this many times the capacity before it computes every token."""
+
+
+class Router(nn.Module):
+    """Scores tokens and decides which of them a block computes. ``x: [B, S, W]``."""
+
+    def __init__(
+        self, width: int, capacity: int | float, predictor: str, seed: int, scorer: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        # Own generators: a router depends on its layer alone, so that two copies of a model get the same one.
+        generator = torch.Generator().manual_seed(seed)
+        if scorer is None:
+            self.weight = nn.Parameter(torch.randn(width, generator=generator) * width**-0.5)
+        # Held without being registered: a scorer that is part of the model keeps its own place in the state_dict.
+        object.__setattr__(self, "scorer", scorer)
+        self.predictor: nn.Module | None = None
+        if predictor == "auxiliary":
+            hidden = max(width // 4, 8)
+            self.predictor = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+            with torch.no_grad():
+                for parameter in self.predictor.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+        self.seed = seed
+        self.path = ""
+        self.capacity = capacity
+        self.trained = False
+        self.watched = False
+        self.observed: tuple[Tensor, Tensor, Tensor | None] | None = None
+        """Of the last training forward: predictor logits, membership (bool), real tokens (bool); all [B, S]."""
+        self.routes: Tensor | None = None
+        """Of the last forward while watched: which tokens were computed, [B, S], bool."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """r, [B, S]: how much of the block each token gets."""
+        if self.scorer is not None:
+            score = self.scorer(x)
+            return score.squeeze(-1) if score.ndim == x.ndim else score
+        return F.linear(x, self.weight[None]).squeeze(-1)
+
+    def logits(self, x: Tensor, score: Tensor) -> Tensor:
+        """What the causal decision is made of, [B, S]: above 0 (probability above a half) the token is computed."""
+        if self.predictor is None:
+            return score
+        return self.predictor(x.detach()).squeeze(-1)
+
+    def count(self, length: int) -> int:
+        """Tokens of a sequence of `length` that are computed in training: at least one, at most all."""
+        return tokens_of(self.capacity, length)
+
+    def extra_repr(self) -> str:
+        return f"capacity={self.capacity}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a forward left behind belongs to its autograd graph and can be neither copied nor pickled.
+        return {**self.__dict__, "observed": None, "routes": None}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.trained = True
+
+
+def tokens_of(capacity: int | float, length: int) -> int:
+    """Capacity in tokens: a float is a fraction of the sequence (rounded up), an int a number of tokens."""
+    if isinstance(capacity, int):
+        return min(capacity, length)
+    share = Fraction(capacity).limit_denominator(1_000_000)
+    return (length * share.numerator + share.denominator - 1) // share.denominator
+
+
+# -- the choice -----------------------------------------------------------------------------------------------------
+
+
+def top_tokens(score: Tensor, count: int, real: Tensor | None = None) -> Selection:
+    """Exactly `count` places for each row of ``score: [B, S]``, ascending; of equal scores the earlier places.
+
+    ``real: [B, S]`` (bool): padding is never selected. A sequence with fewer real tokens is filled up.
+    """
+    score = score.detach()
+    if real is not None:
+        score = score.masked_fill(~real, -torch.inf)
+    index = score.argsort(dim=1, descending=True, stable=True)[:, :count]
+    if real is None:
+        return Selection(index.sort(dim=1).values, None, score.shape[1])
+    return ascending(members(Selection(index, None, score.shape[1])) & real, count)
+
+
+def members(selection: Selection) -> Tensor:
+    """[B, S], bool: which tokens are selected."""
+    index = selection.index
+    valid = torch.ones_like(index, dtype=torch.bool) if selection.valid is None else selection.valid
+    return torch.zeros(
+        index.shape[0], selection.length, dtype=torch.bool, device=index.device
+    ).scatter(1, index, valid)  # fmt: skip
+
+
+# -- the routed block -----------------------------------------------------------------------------------------------
+
+
+def compute(
+    block: Callable[..., Any], call: Call, score: Tensor, selection: Selection, path: str = "", keys: Any = None,
+    residual: bool = True,
+) -> Any:  # fmt: skip
+    """x + r * f(X~) at the selected tokens, x bit for bit elsewhere; the block runs on ``[B, C, W]``.
+
+    A block that returns a tuple keeps its other members. ``residual=False``: the block is a part of a layer, without
+    the addition to the stream; what it contributes is r * f(X~) at the selected tokens and zero elsewhere.
+    """
+    index, valid = selection.index, selection.valid
+    with _marked(path):
+        before, args, kwargs = call.at(selection, keys)
+    result = block(*args, **kwargs)
+    after = result[0] if isinstance(result, tuple) else result
+    with _marked(path):
+        weight = rows(score, index)[..., None].to(after.dtype)
+        base = before if residual else torch.zeros_like(before)
+        after = base + weight * (after - base if residual else after)
+        if valid is not None:
+            after = torch.where(valid[..., None], after, base)
+        whole = call.stream if residual else torch.zeros_like(call.stream)
+        output = whole.scatter(1, index[..., None].expand_as(after), after.to(whole.dtype))
+    return (output, *result[1:]) if isinstance(result, tuple) else output
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _marked(path: str) -> Any:
+    return compat.annotate({ROUTED: path}) if torch.compiler.is_compiling() else _nothing()
+
+
+def routed_forward(module: nn.Module, own: Any, names: tuple[str, ...], residual: bool, /, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of a routed layer. `own`: the instance's earlier forward, or None for the class's."""
+    router: Router | None = getattr(module, ROUTER)
+    block = functools.partial(type(module).forward, module) if own is None else own
+    if router is None:
+        return block(*args, **kwargs)
+    call = Call(names, args, kwargs)
+    with _marked(router.path):
+        score = router(call.stream)
+        real = padding(call.mask, call.stream.shape[1])
+    if module.training:
+        return _train(router, block, call, score, real, residual)
+    logits = router.logits(call.stream, score)
+    member = logits > 0 if real is None else (logits > 0) & real
+    if router.watched:
+        router.routes = member
+    cache = call.get("past_key_values", "past_key_value", "layer_past")
+    if cache is not None:
+        return _with_cache(router, module, block, call, score, member, cache, residual)
+    if torch.compiler.is_compiling():
+        return _in_buckets(router, block, call, score, member, residual)
+    warn_untrained(router)
+    count = int(member.sum(1).max())
+    if not count:
+        return _declined(call, residual)
+    return compute(block, call, score, ascending(member, count), router.path, residual=residual)
+
+
+def _train(
+    router: Router, block: Any, call: Call, score: Tensor, real: Tensor | None, residual: bool
+) -> Any:
+    length = call.stream.shape[1]
+    for name in ("past_key_values", "past_key_value", "layer_past"):
+        if call.get(name) is not None:
+            call.set(name, None)  # top-C of a cached sequence has no meaning for the tokens that follow
+    with _marked(router.path):
+        selection = top_tokens(score, router.count(length), real)
+        if torch.is_grad_enabled() or router.watched:
+            chosen = members(selection)
+            router.observed = (router.logits(call.stream, score), chosen, real)
+            if router.watched:
+                router.routes = chosen
+    return compute(block, call, score, selection, router.path, residual=residual)
+
+
+def _in_buckets(router: Router, block: Any, call: Call, score: Tensor, member: Tensor, residual: bool) -> Any:
+    """Compiled, without a cache: room for a little over the capacity, every token where that overflows."""
+    length = call.stream.shape[1]
+    room = min(int(router.count(length) * OVERFLOW.numerator // OVERFLOW.denominator) + 1, length)
+    whole = ascending(member, length)
+    if room == length:
+        return compute(block, call, score, whole, router.path, residual=residual)
+    assert whole.valid is not None
+    few = Selection(whole.index[:, :room], whole.valid[:, :room], length)
+
+    def cut() -> Any:
+        return compute(block, call, score, few, router.path, residual=residual)
+
+    def overflow() -> Any:
+        return compute(block, call, score, whole, router.path, residual=residual)
+
+    return torch.cond(member.sum(1).max() <= room, cut, overflow, ())
+
+
+@torch.compiler.disable
+def _with_cache(
+    router: Router, module: nn.Module, block: Any, call: Call, score: Tensor, member: Tensor, cache: Any, residual: bool
+) -> Any:
+    """With a KV cache the number of rows written is data-dependent: decided on the host, the block as it is."""
+    from fxopt.passes.mod_cache import routed_layer
+
+    warn_untrained(router)
+    number = next((int(m.layer_idx) for m in module.modules() if getattr(m, "layer_idx", None) is not None), None)
+    if number is None:
+        raise ValueError(f"{type(module).__name__} is given a cache and carries no layer_idx that says which of its layers")
+    layer = routed_layer(cache, number, call.stream.shape[1])
+    count = int(member.sum(1).max())
+    selection = ascending(member, count)
+    assert selection.valid is not None
+    keys = layer.advance(torch.where(selection.valid, selection.index + layer.seen, -1), call.stream.shape[1])
+    if not count:
+        return _declined(call, residual)
+    return compute(block, call, score, selection, keys=keys, residual=residual)
+
+
+def _declined(call: Call, residual: bool) -> Tensor:
+    return call.stream if residual else torch.zeros_like(call.stream)
+
+
+def warn_untrained(router: Router) -> None:
+    """One warning for a predictor that decides without having been trained."""
+    if not router.trained:
+        router.trained = True
+        warnings.warn(
+            f"mixture of depths: the predictor of {router.path or 'a routed layer'} was never trained, so which tokens "
+            "it computes in eval() is arbitrary. Add fxopt.passes.mod_reference.auxiliary_loss(model) to the training "
+            "loss, or load a checkpoint that has fxopt_router.* in it.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+# -- losses and counters --------------------------------------------------------------------------------------------
+
+
+def routers(model: nn.Module) -> dict[str, Router]:
+    """The routers of a model, by the path of the layer they route."""
+    found = [r for m in model.modules() if (r := m.__dict__.get(ROUTER)) is not None]
+    return {router.path: router for router in found}
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """What the predictors have to learn from the last training forward: add it to the loss before ``backward()``.
+
+    Mean over routed layers of the binary cross-entropy between each real token's logit and its membership in the
+    top C. With ``predictor="bce"`` its gradient reaches the router weight and the model, as in the paper's first
+    method; with ``"auxiliary"`` the predictor alone. Reading it clears it, so that each micro-batch of a gradient
+    accumulation counts once. Raises ValueError where no training forward was made since.
+    """
+    losses = []
+    for router in routers(model).values():
+        if router.observed is None:
+            continue
+        logits, member, real = router.observed
+        router.observed = None
+        router.trained = True
+        each = F.binary_cross_entropy_with_logits(logits.float(), member.float(), reduction="none")
+        losses.append(each.mean() if real is None else (each * real).sum() / real.sum().clamp(min=1))
+    if not losses:
+        raise ValueError(
+            "auxiliary_loss(model) reads what the last forward in model.train() with gradients left behind, and there "
+            "is nothing: run the forward first, and read its loss once."
+        )
+    return torch.stack(losses).mean()
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Record which tokens are computed: yields a function that returns ``{layer path: [B, S] bool}`` of the last forward."""
+    found = routers(model)
+    for router in found.values():
+        router.watched = True
+    try:
+        yield lambda: {path: router.routes for path, router in found.items() if router.routes is not None}
+    finally:
+        for router in found.values():
+            router.watched = False
+            router.routes = None
+
+
+def layer_key(stack_path: str, index: int, several: bool) -> str:
+    """Key of a layer's router below ``fxopt_router``."""
+    return f"{re.sub(r'[^0-9A-Za-z]+', '_', stack_path)}_{index}" if several else str(index)
