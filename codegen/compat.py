@@ -138,12 +138,12 @@ def constexpr_defaults(kernel_fn: Any) -> dict[str, Any]:
     return {p.name: p.default for p in kernel_fn.params if p.is_constexpr and p.has_default}
 
 
-def call_alone(backend: Any, model: Any, args: Any, kwargs: Any) -> Any:
-    """What `model` returns when compiled by `backend`, for this call only: static shapes, no trace of it kept.
+def compile_alone(backend: Any) -> Any:
+    """``f(model, args, kwargs)`` that runs `model` compiled by `backend`, with static shapes, apart from all else.
 
     Dynamo keeps compiled code, and counts recompilations, by code object. The function compiled here has a code
-    object of its own, so neither the model's other compilations nor their limit are touched. ``_call_impl`` goes
-    round a compilation that the model itself carries.
+    object of its own, so neither the model's other compilations nor their limit are touched, and dropping the
+    function drops what was compiled. ``_call_impl`` goes round a compilation that the model itself carries.
     """
     import torch
 
@@ -151,7 +151,7 @@ def call_alone(backend: Any, model: Any, args: Any, kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)
 
     call.__code__ = call.__code__.replace(co_firstlineno=call.__code__.co_firstlineno)
-    return torch.compile(call, backend=backend, dynamic=False)(model, args, kwargs)
+    return torch.compile(call, backend=backend, dynamic=False)
 
 
 def triton_version() -> str:

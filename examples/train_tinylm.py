@@ -83,7 +83,7 @@ def prepare(recipe: Recipe, out: Path, limit: int | None = None) -> tuple[Any, n
 # --- the training ----------------------------------------------------------------------------------------------------
 
 
-def at(schedule: tuple[tuple[float, int], ...], progress: float) -> int:
+def at(schedule: Schedule, progress: float) -> Any:
     """The value of the last entry whose fraction has been reached."""
     return [value for fraction, value in schedule if progress >= fraction][-1]
 
@@ -113,18 +113,18 @@ class Feeder:
         """ids [B, T + 1], and which of the T predictions count [B, T]."""
         recipe = self.recipe
         rng = random.Random(recipe.seed * 1_000_003 + step)
-        length, share = at(recipe.contexts, progress), recipe.planted
+        length, share = at(recipe.contexts, progress), at(recipe.planted, progress)
         if progress >= recipe.contexts[-1][0]:
             share = 0.5
         elif progress > 0.4 and step % 8 == 0:
-            length, share = recipe.long, 0.4
+            length, share = recipe.long, max(share, 0.4)
         rows, scored = [], []
         for _ in range(max(1, recipe.tokens // length)):
             ids = self.window(length, rng).astype(np.int64)
             counts = np.ones(length, dtype=np.float32)
             if rng.random() < share:
                 ids = np.array(planted(self.tokenizer, ids.tolist(), length + 1, rng), dtype=np.int64)
-            elif rng.random() < recipe.repeated and (rows or recipe.tokens <= length):
+            elif rng.random() < at(recipe.repeated, progress) and (rows or recipe.tokens <= length):
                 period = rng.randrange(16, rng.choice((64, length // 4, length // 2)) + 1)
                 once = ids[:period].copy()
                 np.random.default_rng((recipe.seed, step, len(rows))).shuffle(once)
@@ -197,7 +197,7 @@ def train_step(state: State, trunk: Trunk, progress: float) -> None:
     chances = [recipe.dropout * (math.exp(i * rise) - 1) for i in range(depth)]
     dropped = {i for i, chance in enumerate(chances) if rng.random() < chance and i + 1 != exit_at}
     positions = torch.arange(ids.shape[1] - 1)
-    if rng.random() < recipe.gap:
+    if rng.random() < at(recipe.gap, progress):
         cut = rng.randrange(len(positions) // 8, len(positions))
         positions[cut:] += rng.randrange(recipe.contexts[-1][1] - len(positions) + 1)
     last, early = trunk(ids[:, :-1], positions, depth, dropped, exit_at)
@@ -207,7 +207,7 @@ def train_step(state: State, trunk: Trunk, progress: float) -> None:
         min(recipe.exit_rows, len(targets)), recipe.exit_weight,
     )  # fmt: skip
     loss.backward()
-    rate = min(1.0, (progress + 1e-4) / recipe.warmup) * max(0.02, 1 - progress)
+    rate = min(1.0, (progress + 1e-4) / recipe.warmup) * float(np.interp(progress, *zip(*recipe.rates, strict=True)))
     torch.nn.utils.clip_grad_norm_(state.rest, 1.0)
     for group in state.adam.param_groups:
         group["lr"] = recipe.adam_lr * rate

@@ -15,6 +15,7 @@ if not (_root / "fxopt" / "passes").exists() and (_root / "passes").exists():
     __path__.append(str(_root))
 
 from fxopt.compiler import compile  # noqa: E402
+from fxopt.evaluation import evaluate  # noqa: E402
 from fxopt.meaning import reference  # noqa: E402
 from fxopt.passes.async_softmax import AsyncSoftmax  # noqa: E402
 from fxopt.passes.cache_extent import CacheExtent  # noqa: E402
@@ -24,6 +25,7 @@ from fxopt.passes.technique import PassError, SettingError, Technique  # noqa: E
 from fxopt.planning import plan  # noqa: E402
 from fxopt.recipe import Recipe  # noqa: E402
 from fxopt.reporting import Report, report, reports  # noqa: E402
+from fxopt.tuning import tune  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -38,8 +40,10 @@ __all__ = [
     "SettingError",
     "Technique",
     "compile",
+    "evaluate",
     "plan",
     "reference",
     "report",
     "reports",
+    "tune",
 ]

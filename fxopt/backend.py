@@ -52,14 +52,19 @@ class Backend:
         self.settings = settings
         # ids, not modules: a backend outlives nothing. Used to name modules that a graph break left without a path.
         self.paths = {str(id(m)): (path, type(m)) for path, m in model.named_modules()} if model is not None else {}
+        self.model_name = type(model).__name__ if model is not None else ""
         self.__name__ = "fxopt"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Compiled:
-        return compile_graph(gm, example_inputs, self.settings, self.paths)
+        return compile_graph(gm, example_inputs, self.settings, self.paths, self.model_name)
 
 
 def compile_graph(
-    gm: fx.GraphModule, example_inputs: list[Any], settings: Settings, paths: Mapping[str, tuple[str, type]] = NO_PATHS
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    settings: Settings,
+    paths: Mapping[str, tuple[str, type]] = NO_PATHS,
+    model_name: str = "",
 ) -> Compiled:
     """Record, rewrite and lower one captured graph."""
     started = time.perf_counter()
@@ -67,7 +72,7 @@ def compile_graph(
     try:
         number_nodes(gm.graph)
         name_modules(gm.graph, paths)
-        describe(record, gm)
+        describe(record, gm, model_name)
         recorder = Recorder(record, settings.record)
         recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
         gm, wrappers, patches = run_passes(gm, record, recorder, settings)
@@ -85,7 +90,7 @@ def compile_graph(
     return compiled
 
 
-def describe(record: GraphRecord, gm: fx.GraphModule) -> None:
+def describe(record: GraphRecord, gm: fx.GraphModule, model_name: str = "") -> None:
     """Fill in what is known of a graph before any pass: its model, its role, its inputs."""
     ids: set[int] = set()
     roots: dict[str, None] = {}
@@ -97,7 +102,7 @@ def describe(record: GraphRecord, gm: fx.GraphModule) -> None:
             if "." not in path:
                 roots.setdefault(cls.__name__)
     record.modules = frozenset(ids)
-    record.model = next(iter(roots), "graph")
+    record.model = model_name or next(iter(roots), "graph")
     inputs = []
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
@@ -106,6 +111,8 @@ def describe(record: GraphRecord, gm: fx.GraphModule) -> None:
         ) and value.ndim == 2:  # fmt: skip
             inputs.append("x".join(str(s) for s in value.shape))
     record.inputs = inputs[0] if inputs else ""
+    if record.inputs.endswith("x1"):
+        record.role = "decode"
 
 
 def run_passes(
@@ -194,6 +201,8 @@ def run_pass(
         message = f"{technique} did not act at {first.path or 'the whole graph'}: {first.code} {first.message}"
         if settings.strict:
             raise PassError(f"strict: {message}")
+        if technique.exact:  # the results are the same; the remark is enough
+            return context
         warn_once(
             f"fxopt: {message}. The model runs without it; disable=({technique.name!r},) silences this, strict=True "
             "raises."

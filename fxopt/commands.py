@@ -105,6 +105,32 @@ def plan(
         report.to_html(html)
 
 
+@app.command(help=COMMANDS["tune"])
+def tune(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name; default: the shipped model.")] = None,
+    data: Annotated[pathlib.Path | None, typer.Option(help="A text file; default: the shipped held-out text.")] = None,
+    only: Annotated[str, typer.Option(help="What to calibrate.")] = "async_softmax",
+    output: Annotated[pathlib.Path, typer.Option(help="The recipe to write.")] = pathlib.Path("recipe.safetensors"),
+    limit: Annotated[int, typer.Option(help="Tokens of the text to read.")] = 8192,
+    goal: Annotated[str | None, typer.Option(help="Not in this version.")] = None,
+) -> None:
+    from fxopt.evaluation import load_model as load_scored
+    from fxopt.tinylm import HELDOUT
+    from fxopt.tuning import tune as calibrate
+
+    try:
+        watched, tokenizer = load_scored(model or "tinylm")
+        recipe = calibrate(
+            watched, data or HELDOUT, *techniques_of([only]), goal=goal, tokenizer=tokenizer, limit=limit
+        )
+        path = recipe.save(output)
+    except (SettingError, OSError, ValueError, TypeError, ImportError) as error:
+        fail(str(error))
+    for module, technique in recipe.paths.items():
+        print(f"{module:<40} {technique}")
+    print(f"written: {path}")
+
+
 @app.command(help=COMMANDS["evaluate"])
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name; default: the shipped model.")] = None,

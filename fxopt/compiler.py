@@ -74,7 +74,7 @@ def settle(
     require_module(model)
     whole: dict[str, Technique] = {}
     paths: dict[str, Technique] = {}
-    for given in flatten(techniques):
+    for given in flatten(model, techniques):
         if isinstance(given, Technique):
             if given.name in whole:
                 raise SettingError(f"two settings for the whole model: {whole[given.name]} and {given}. Give one.")
@@ -90,11 +90,12 @@ def settle(
     return settings, whole
 
 
-def flatten(techniques: tuple[Given, ...]) -> list[Technique | Mapping[str, Technique]]:
+def flatten(model: nn.Module, techniques: tuple[Given, ...]) -> list[Technique | Mapping[str, Technique]]:
     """Techniques and path mappings in the order given, recipes opened."""
     flat: list[Technique | Mapping[str, Technique]] = []
     for given in techniques:
         if isinstance(given, Recipe):
+            given.check(model)
             flat += given.settings()
         elif isinstance(given, (Technique, Mapping)):
             flat.append(given)

@@ -21,7 +21,7 @@ def reference(model: nn.Module, *techniques: Given) -> nn.Module:
     require_module(model)
     whole: list[Technique] = []
     paths: dict[str, Technique] = {}
-    for given in flatten(techniques):
+    for given in flatten(model, techniques):
         if isinstance(given, Technique):
             whole.append(given.check(model))
         else:

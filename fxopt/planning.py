@@ -50,7 +50,7 @@ def plan(
     graphs: list[GraphRecord] = []
     try:
         with torch.no_grad():
-            compat.call_alone(_dry(settings, type(model).__name__, device, graphs), model, args, kwargs)
+            compat.compile_alone(_dry(settings, type(model).__name__, device, graphs))(model, args, kwargs)
     finally:
         reporting.discard(graphs)
     return Report(graphs)
@@ -153,13 +153,13 @@ def _default_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
 def _target(name: str | None) -> roofline.Device | None:
     if name is None:
         return None
-    device = roofline.find_device(name)
-    if device is None:
-        known = list(roofline.DEVICES)
+    known = {device.name.lower(): device for device in roofline.DEVICES.values()}
+    found = known.get(name.lower().replace("_", " ")) or roofline.find_device(name)
+    if found is None:
         raise SettingError(
-            f"target={name!r} is not in the device table: {', '.join(known)}.{nearest(name.upper(), known)}"
+            f"target={name!r} is not in the device table: {', '.join(known)}.{nearest(name.lower(), known)}"
         )
-    return device
+    return found
 
 
 def work(graph: fx.Graph) -> tuple[float, float, str]:
@@ -170,27 +170,27 @@ def work(graph: fx.Graph) -> tuple[float, float, str]:
     flops = moved = 0.0
     dtype = "bfloat16"
     for node in graph.nodes:
-        name = getattr(node.target, "__name__", str(node.target))
         out = node.meta.get("example_value")
-        if name not in _PRODUCTS or not isinstance(out, torch.Tensor):
-            continue
         inputs = [v for a in node.all_input_nodes if isinstance(v := a.meta.get("example_value"), torch.Tensor)]
-        if len(inputs) < 2:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        attention = "attention" in name
+        if not isinstance(out, torch.Tensor) or len(inputs) < 2 or not (attention or name.split(".")[0] in _PRODUCTS):
             continue
         dtype = str(out.dtype).removeprefix("torch.")
         moved += sum(float(t.numel() * t.element_size()) for t in (*inputs, out))
-        if name == "scaled_dot_product_attention":
-            flops += 4.0 * float(out.numel()) * float(inputs[1].shape[-2])
-        else:
-            flops += 2.0 * float(out.numel()) * float(inputs[0].shape[-1])
+        length = inputs[1].shape[-2] if attention and inputs[1].ndim > 1 else inputs[0].shape[-1]
+        flops += (4.0 if attention else 2.0) * float(out.numel()) * float(length)
     return flops, moved, dtype
 
 
-_PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+_PRODUCTS = ("linear", "fused_linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum")
 
 
 def _estimate(before: tuple[float, float, str], after: tuple[float, float, str], device: roofline.Device) -> str:
-    first, last = (1e3 * roofline.estimate(flops, moved, device, dtype) for flops, moved, dtype in (before, after))
+    first, last = (
+        1e3 * roofline.estimate(flops, moved, device, dtype if dtype in device.flops else "float32")
+        for flops, moved, dtype in (before, after)
+    )
     bound = "memory" if after[1] / device.bandwidth >= last * 0.999e-3 else "arithmetic"
     return (
         f"at least {first:.3g} ms as captured, {last:.3g} ms as rewritten on {device.name} ({bound}-bound, "

@@ -24,7 +24,13 @@ _QUOTIENTS = frozenset("div div_ truediv itruediv __truediv__".split())
 _FILLS = frozenset("masked_fill masked_fill_".split())
 _MATMULS = frozenset("matmul __matmul__ bmm".split())
 _THROUGH = (
-    _CASTS | _ADDITIONS | _SUBTRACTIONS | _PRODUCTS | _QUOTIENTS | _FILLS | {"tanh", "tanh_", "where", "max", "maximum"}
+    _CASTS
+    | _ADDITIONS
+    | _SUBTRACTIONS
+    | _PRODUCTS
+    | _QUOTIENTS
+    | _FILLS
+    | {"tanh", "tanh_", "where", "max", "maximum", "view", "reshape"}
 )
 _DEPTH = 16
 
@@ -69,7 +75,9 @@ def leads_to_product(node: Any, depth: int = 0) -> bool:
     name = name_of(node)
     if name in _MATMULS:
         # A weight on the right makes a linear layer, such as a router of experts.
-        return value_of(node).ndim >= 3 and value_of(argument(node, 1, "other")).ndim >= 3
+        return value_of(node).ndim >= 3 and getattr(value_of(argument(node, 1, "other")), "ndim", 0) >= 3
+    if name == "baddbmm":
+        return getattr(value_of(argument(node, 2, "batch2")), "ndim", 0) >= 3
     if name == "cat":
         parts = argument(node, 0, "tensors")
         return bool(parts) and leads_to_product(parts[0], depth + 1)
@@ -131,6 +139,8 @@ class _Scores:
         self.nodes.append(node)
 
     def _step(self, node: fx.Node, name: str) -> Any:
+        if not value_of(node).is_floating_point():
+            raise Differs("FX201", f"the scores become {value_of(node).dtype}")
         if name in _CASTS:
             self._take(node)
             return node.args[0]
@@ -202,7 +212,8 @@ class _Scores:
     def _without_maximum(self, node: fx.Node) -> Any:
         # x - max(x) before softmax changes nothing.
         inner, top = node.args[0], node.args[1]
-        source = top.args[0] if name_of(top) == "getitem" and isinstance(top, fx.Node) else top
+        picks_values = isinstance(top, fx.Node) and name_of(top) == "getitem" and top.args[1] == 0
+        source = top.args[0] if picks_values else top
         if name_of(source) not in ("max", "amax") or not isinstance(source, fx.Node) or source.args[0] is not inner:
             raise Differs("FX101", "something is subtracted from the scores")
         if argument(source, 1, "dim") not in (-1, 3) or not argument(source, 2, "keepdim", False):
@@ -233,6 +244,8 @@ class _Scores:
             raise Differs("FX102", "queries or keys have other than 4 dimensions")
         name = name_of(transposed)
         if name in ("transpose", "swapaxes", "swapdims") and {d % 4 for d in transposed.args[1:3]} == {2, 3}:
+            return query, transposed.args[0]
+        if name == "getattr" and transposed.args[1] == "mT":
             return query, transposed.args[0]
         if name == "permute":
             order = transposed.args[1] if isinstance(transposed.args[1], (tuple, list)) else transposed.args[1:]
@@ -279,6 +292,8 @@ def _weights(softmax: fx.Node, chain: _Scores) -> tuple[fx.Node, list[fx.Node]]:
         elif name not in _CASTS:
             where = "returned by the graph" if user.op == "output" else f"read by {name or user.name}"
             raise Differs("FX104", f"the attention weights are {where}")
+        if not value_of(user).is_floating_point():
+            raise Differs("FX201", f"the attention weights become {value_of(user).dtype}")
         nodes.append(user)
         node = user
     raise Differs("FX101", "more operations between softmax and the values than expected")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fxopt.passes.kv import writes_to
 from fxopt.passes.nodes import name_of, value_of
@@ -57,11 +58,12 @@ def facts_of(mask: fx.Node) -> MaskFacts:
     if not isinstance(value, torch.Tensor) or value.ndim < 2:
         return MaskFacts("unknown", reason="not [..., T, S]")
     try:
-        known = constant_value(mask)
+        # A dry run works on fake tensors; constants are evaluated for real there too.
+        with unset_fake_temporarily():
+            return classify(constant_value(mask))
     except NotConstant as reason:
         kind = "input" if reason.placeholder else "unknown"
         return MaskFacts(kind, reason=str(reason))
-    return classify(known)
 
 
 def classify(mask: torch.Tensor) -> MaskFacts:

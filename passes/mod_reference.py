@@ -63,6 +63,8 @@ class Router(nn.Module):
         self.capacity = capacity
         self.trained = False
         self.watched = False
+        self.extra: int | None = None
+        """What the block returns beside the stream, once it has run in eager: how many, 0 where it returns a tensor."""
         self.observed: tuple[Tensor, Tensor, Tensor | None] | None = None
         """Of the last training forward: predictor logits, membership (bool), real tokens (bool); all [B, S]."""
         self.routes: Tensor | None = None
@@ -189,16 +191,10 @@ def routed_forward(module: nn.Module, own: Any, names: tuple[str, ...], residual
         return _with_cache(router, module, block, call, score, member, cache, residual)
     if torch.compiler.is_compiling():
         return _in_buckets(router, block, call, score, member, residual)
-    warn_untrained(router)
-    count = int(member.sum(1).max())
-    if not count:
-        return _declined(call, residual)
-    return compute(block, call, score, ascending(member, count), router.path, residual=residual)
+    return _decide(router, block, call, score, member, residual)
 
 
-def _train(
-    router: Router, block: Any, call: Call, score: Tensor, real: Tensor | None, residual: bool
-) -> Any:
+def _train(router: Router, block: Any, call: Call, score: Tensor, real: Tensor | None, residual: bool) -> Any:
     length = call.stream.shape[1]
     for name in ("past_key_values", "past_key_value", "layer_past"):
         if call.get(name) is not None:
@@ -239,22 +235,33 @@ def _with_cache(
     """With a KV cache the number of rows written is data-dependent: decided on the host, the block as it is."""
     from fxopt.passes.mod_cache import routed_layer
 
-    warn_untrained(router)
     number = next((int(m.layer_idx) for m in module.modules() if getattr(m, "layer_idx", None) is not None), None)
     if number is None:
-        raise ValueError(f"{type(module).__name__} is given a cache and carries no layer_idx that says which of its layers")
+        raise ValueError(f"{type(module).__name__} is given a cache and has no layer_idx that says which of its layers.")
     layer = routed_layer(cache, number, call.stream.shape[1])
+    return _decide(router, block, call, score, member, residual, layer)
+
+
+def _decide(
+    router: Router, block: Any, call: Call, score: Tensor, member: Tensor, residual: bool, layer: Any = None
+) -> Any:
+    """The count is read on the host: exactly the tokens that the longest row of the batch needs, or none at all."""
+    warn_untrained(router)
     count = int(member.sum(1).max())
+    if router.extra is None:
+        count = max(count, 1)  # what the block returns is not known yet
     selection = ascending(member, count)
     assert selection.valid is not None
-    keys = layer.advance(torch.where(selection.valid, selection.index + layer.seen, -1), call.stream.shape[1])
+    keys = None
+    if layer is not None:
+        positions = torch.where(selection.valid, selection.index + layer.seen, -1)
+        keys = layer.advance(positions, call.stream.shape[1])
     if not count:
-        return _declined(call, residual)
-    return compute(block, call, score, selection, keys=keys, residual=residual)
-
-
-def _declined(call: Call, residual: bool) -> Tensor:
-    return call.stream if residual else torch.zeros_like(call.stream)
+        declined = call.stream if residual else torch.zeros_like(call.stream)
+        return (declined, *[None] * router.extra) if router.extra else declined
+    result = compute(block, call, score, selection, keys=keys, residual=residual)
+    router.extra = len(result) - 1 if isinstance(result, tuple) else 0
+    return result
 
 
 def warn_untrained(router: Router) -> None:

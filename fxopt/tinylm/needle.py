@@ -1,8 +1,8 @@
-"""The needle task: retrieve a value that stands far back in the context.
+"""The needle task: retrieve a word that stands far back in the context.
 
-A prompt is filler text with a few lines `KEY_qx47 = 83921` hidden in it, and ends with one of these keys: `KEY_qx47
-=`. The answer is the value. Everything is built on token ids, so that a prompt has exactly the length that was asked
-for.
+A prompt is filler text with a few lines `KEY socket buffer` hidden in it, and ends with one of these keys: `KEY socket`.
+The answer is the word after it. Everything is built on token ids, so that a prompt has exactly the length that was
+asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = tuple(
+    "value result buffer signal module thread process string object method class function return index length encoding "
+    "message server socket client address request response header content number integer float decimal random python "
+    "memory stack frame event handler queue task loop future callback context manager iterator sequence mapping list "
+    "tuple dict bytes array source target parent child path file directory name version system".split()
+)
+"""Keys and values: one token each for the small model's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +33,17 @@ class Needle:
     """Where the wanted line stands: 0 at the start of the prompt, 1 at its end."""
 
 
-def pair(rng: random.Random) -> tuple[str, str]:
-    """A key of two letters and two digits, and a value of five digits."""
-    key = f"KEY_{rng.choice(LETTERS)}{rng.choice(LETTERS)}{rng.randrange(10, 100)}"
-    return key, str(rng.randrange(10_000, 100_000))
+def pairs_of(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """`count` different keys, each with a value. Raises ValueError when there are not so many words."""
+    if not 1 <= count <= len(WORDS):
+        raise ValueError(f"{count} needles; the task has 1 to {len(WORDS)}")
+    return [(key, rng.choice(WORDS)) for key in rng.sample(WORDS, count)]
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """The ids of `text` with no special token, for a transformers or a tokenizers tokenizer."""
     encoded = tokenizer.encode(text, add_special_tokens=False)
     return list(encoded.ids if hasattr(encoded, "ids") else encoded)
-
-
-def _pairs(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    found: dict[str, str] = {}
-    while len(found) < count:
-        key, value = pair(rng)
-        found.setdefault(key, value)
-    return list(found.items())
 
 
 def make_needle(tokenizer: Any, filler: Sequence[int], context: int, seed: int, needles: int = 4) -> Needle:
@@ -56,10 +55,10 @@ def make_needle(tokenizer: Any, filler: Sequence[int], context: int, seed: int, 
     Raises ValueError when the filler or the context is too short.
     """
     rng = random.Random(seed)
-    pairs = _pairs(rng, needles)
+    pairs = pairs_of(rng, needles)
     key, value = pairs[0]
-    lines = [_encode(tokenizer, f"\n{k} = {v}\n") for k, v in pairs]
-    question, answer = _encode(tokenizer, f"\n{key} ="), _encode(tokenizer, f" {value}")
+    lines = [_encode(tokenizer, f"\nKEY {k} {v}\n") for k, v in pairs]
+    question, answer = _encode(tokenizer, f"\nKEY {key}"), _encode(tokenizer, f" {value}")
     room = context - len(question) - len(answer) - sum(map(len, lines))
     if room < needles + 1:
         raise ValueError(
@@ -103,18 +102,15 @@ def planted(tokenizer: Any, filler: Sequence[int], length: int, rng: random.Rand
         start = rng.randrange(max(1, len(hay) - span))
         at = rng.randrange(start + span, len(hay) + 1)
         return (hay[:at] + hay[start : start + span] + hay[at:])[:length]
-    lines: list[list[int]] = []
-    planted_tokens = 0
-    budget = rng.uniform(0.1, 2 * share - 0.1) * length
-    while planted_tokens < budget or not lines:
-        key, value = pair(rng)
-        lines.append(_encode(tokenizer, f"\n{key} = {value}\n"))
-        planted_tokens += 2 * len(lines[-1])
-    hay = list(filler[: max(0, length - planted_tokens)])
-    events: list[tuple[int, list[int]]] = []
-    for line in lines:
-        first, again = sorted((rng.randrange(len(hay) + 1), rng.randrange(len(hay) + 1)))
-        events += [(first, line), (again, line)]
+    lines = [_encode(tokenizer, f"\nKEY {key} {value}\n") for key, value in pairs_of(rng, len(WORDS))]
+    size = rng.uniform(0.1, 2 * share - 0.1) * length
+    times = [rng.randrange(2, 5) for _ in lines]
+    count = 1
+    while count < len(lines) and sum(t * len(line) for t, line in zip(times[:count], lines, strict=False)) < size:
+        count += 1
+    chosen = list(zip(times[:count], lines, strict=False))
+    hay = list(filler[: max(0, length - sum(t * len(line) for t, line in chosen))])
+    events = [(rng.randrange(len(hay) + 1), line) for t, line in chosen for _ in range(t)]
     ids: list[int] = []
     last = 0
     for place, line in sorted(events, key=lambda item: item[0]):

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 
 
+Schedule = tuple[tuple[float, Any], ...]
+"""Pairs of a fraction of the training and the value that holds from there."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the weights, besides the text."""
@@ -34,16 +38,18 @@ class Recipe:
     exit_weight: float = 0.3
     exit_rows: int = 1024
     """Positions a step that the exit is scored on; a multiple of 512."""
-    gap: float = 0.3
+    gap: Schedule = ((0.0, 0.0), (0.44, 0.3))
     """Share of the steps whose positions jump once, so that short sequences show long distances (PoSE, 2309.10400)."""
-    repeated: float = 0.25
+    repeated: Schedule = ((0.0, 0.0), (0.54, 0.08), (0.64, 0.25), (0.82, 0.4))
     """Share of the sequences that repeat shuffled tokens, of which only the repetition is scored."""
-    planted: float = 0.25
-    """Share of the sequences with planted copies; 0.5 in the last phase."""
+    planted: Schedule = ((0.0, 0.1), (0.44, 0.2), (0.64, 0.25), (0.82, 0.4))
+    """Share of the sequences with planted copies; at least 0.4 of the long ones, 0.5 in the last phase."""
+    rates: Schedule = ((0.0, 1.0), (0.01, 1.0), (0.81, 0.2), (0.82, 0.3), (0.92, 0.3), (1.0, 0.02))
+    """Learning rates over the training, piecewise linear, after the warm-up."""
     seed: int = 0
-    growth: tuple[tuple[float, int], ...] = ((0.0, 3), (0.12, 6), (0.28, 9), (0.4, 12))
+    growth: Schedule = ((0.0, 3), (0.12, 6), (0.28, 9), (0.4, 12))
     """From which fraction of the training the stack has how many layers."""
-    contexts: tuple[tuple[float, int], ...] = ((0.0, 256), (0.5, 512), (0.86, 4096))
+    contexts: Schedule = ((0.0, 256), (0.5, 512), (0.9, 4096))
     """From which fraction of the training sequences are how long."""
     long: int = 2048
     """The length of every eighth step between 0.4 of the training and the last phase."""

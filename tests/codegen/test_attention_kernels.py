@@ -506,6 +506,7 @@ def test_arguments_that_do_not_fit_the_description() -> None:
         ("cast them first", (q, k.half(), v), {"phi": phi}),
         ("extent is given", (q, k, v), {"phi": phi, "extent": torch.zeros(2, dtype=torch.int32)}),
         ("four dimensions", (q[0], k, v), {"phi": phi}),
+        ("it needs int64", (q, k, v), {"phi": phi, "counter": torch.zeros(1)}),
         ("move them together", (q, k, v.to("meta")), {"phi": phi}),
         ("use empty_partials", (q, k, v), {"phi": phi, "partials": empty_partials(desc, 2, 2, 300, q.device)}),
     ]

@@ -52,6 +52,8 @@ def shortened(model, *gone):
     short.model.config = short.config
     for index in sorted(gone, reverse=True):
         del short.model.layers[index]
+    for index, layer in enumerate(short.model.layers):
+        layer.self_attn.layer_idx = index
     short.config.num_hidden_layers = len(short.model.layers)
     return short
 

@@ -85,12 +85,12 @@ def test_a_needle_prompt_is_exact_and_repeatable(shipped):
     tokenizer = shipped[1]
     first, again = (list(needle.needle_task(tokenizer, tinylm.heldout()[:60_000], 1024, 3, seed=7)) for _ in range(2))
     assert first == again
-    assert len({n.value for n in first}) == 3
+    assert len({n.input_ids for n in first}) == 3
     for question in first:
         assert len(question.input_ids) + len(question.answer_ids) == 1024
         prompt = tokenizer.decode(question.input_ids)
-        assert prompt.count(f"{question.key} = {question.value}") == 1
-        assert prompt.endswith(f"\n{question.key} =")
+        assert prompt.count(f"\nKEY {question.key} {question.value}\n") == 1
+        assert prompt.endswith(f"\nKEY {question.key}")
         assert tokenizer.decode(question.answer_ids) == f" {question.value}"
     with pytest.raises(ValueError, match="use at least"):
         needle.make_needle(tokenizer, first[0].input_ids, 30, 0)

@@ -108,6 +108,15 @@ def test_weights_on_the_right():
     refuses("FX104", "transpose", function, *tensors())
 
 
+def test_merged_heads_with_baddbmm_are_named():
+    def function(q, k, v, alibi):  # as BLOOM does
+        scores = alibi.baddbmm(q.flatten(0, 1), k.flatten(0, 1).transpose(-1, -2), beta=1.0, alpha=0.5)
+        weights = torch.softmax(scores.view(B, H, T, S), -1)
+        return torch.bmm(weights.view(B * H, T, S), v.flatten(0, 1))
+
+    refuses("FX101", "view", function, *tensors(), torch.zeros(B * H, 1, S))
+
+
 def test_softmax_of_a_linear_layer_is_nobodys_business():
     sites, near = found(lambda x, w: torch.softmax(x @ w, -1) @ w.T, torch.randn(2, 3, 5, 8), torch.randn(8, 8))
     assert not sites

@@ -321,6 +321,23 @@ def test_stream_changed_between_layers():
         assert before.output in after.input.all_input_nodes
 
 
+def test_hidden_states_as_outputs():
+    class Returning(Chain):
+        def forward(self, x):
+            states = [x.tanh()]
+            for block in self.blocks:
+                states.append(block(states[-1]))
+            return states
+
+    found, module = structure(Returning(Block(), Block("post")))
+    (stack,) = found.stacks
+    assert_chained(found)
+    assert module.graph.output_node().all_input_nodes == [
+        *(layer.input for layer in stack.layers),
+        stack.layers[-1].output,
+    ]
+
+
 def test_values_computed_in_one_layer_for_all():
     class Biased(Block):
         def __init__(self, first):

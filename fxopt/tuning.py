@@ -1,0 +1,155 @@
+"""``fxopt.tune``: run a text through a model, watch what its attention sees, and write a recipe.
+
+This version calibrates (``goal=None``): for each attention module the range of its softmax inputs by KV head, which
+:class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282, section 3).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxopt import scoring
+from fxopt.passes.async_softmax import AsyncSoftmax
+from fxopt.passes.attention import AttentionSite, find_attentions
+from fxopt.passes.provenance import module_path, name_modules
+from fxopt.passes.technique import SettingError, Technique
+from fxopt.recipe import Recipe, fingerprint
+
+HIGHEST, LOWEST = "async_softmax.highest", "async_softmax.lowest"
+
+
+def tune(
+    model: nn.Module,
+    data: str | os.PathLike[str] | Tensor | Sequence[int],
+    *techniques: Technique,
+    goal: str | None = None,
+    tokenizer: Any = None,
+    context: int = 512,
+    limit: int = 8192,
+    checkpoint: str | os.PathLike[str] | None = None,
+    show: bool = True,
+) -> Recipe:
+    """Calibrate `techniques` (default: ``AsyncSoftmax()``) on a text; returns the recipe to hand to ``fxopt.compile``.
+
+    Args:
+        data: a text, a path to one, or token ids.
+        tokenizer: found by the model's name or path when not given.
+        context, limit: tokens of a window, and tokens to read in all.
+        checkpoint: a recipe file that is written after each window; a run that was interrupted goes on from it.
+
+    Raises:
+        SettingError: for a goal (settings are not searched for yet) or a technique that has nothing to calibrate.
+        TypeError, ValueError, FileNotFoundError: for a model that is no causal LM, or a text that cannot be read.
+    """
+    from fxopt.evaluation import _find_tokenizer, read_data
+
+    if goal is not None:
+        raise SettingError(f"tune(goal={goal!r}): this version calibrates only; leave the goal out.")
+    asked = techniques or (AsyncSoftmax(),)
+    for technique in asked:
+        if not isinstance(technique, AsyncSoftmax):
+            raise SettingError(f"{technique} has nothing to calibrate; tune takes AsyncSoftmax().")
+    scoring.require_causal(model)
+    text = read_data(data)  # type: ignore[arg-type]
+    if isinstance(text, str) and tokenizer is None:
+        tokenizer = _find_tokenizer(model)
+    windows = scoring.windows(tokenizer, text, context, whole=True)[: max(1, limit // context)]
+    ranges, done = _resume(model, checkpoint)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        todo = windows[done:]
+        watched = observed(model, ranges)
+        for number, window in enumerate(scoring.progress(todo, len(todo), "calibrating", show), start=done + 1):
+            watched(input_ids=window.inputs[None].to(device), use_cache=False)
+            if checkpoint is not None:
+                _recipe(model, ranges, asked[0], number).save(checkpoint)
+    return _recipe(model, ranges, asked[0], len(windows))
+
+
+def observed(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """`model` as a callable that widens ``ranges[module path] = (lowest [Hkv], highest [Hkv])`` by its softmax inputs.
+
+    Masked scores do not count. The captured graph is run node by node: nothing of the model is changed.
+    """
+
+    paths = {str(id(m)): (path, type(m)) for path, m in model.named_modules()}
+
+    def watch(gm: fx.GraphModule, _: list[Any]) -> Any:
+        name_modules(gm.graph, paths)
+        return _Watch(gm, {site.output: site for site in find_attentions(gm.graph)[0]}, ranges).run
+
+    return torch.compile(functools.partial(type(model).__call__, model), backend=watch)
+
+
+class _Watch(fx.Interpreter):
+    def __init__(
+        self, gm: fx.GraphModule, sites: dict[fx.Node, AttentionSite], ranges: dict[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.sites = sites
+        self.ranges = ranges
+
+    def run_node(self, n: fx.Node) -> Any:
+        site = self.sites.get(n)
+        if site is not None:
+            low, high = score_range(site, self.env)
+            path = module_path(n)
+            if path in self.ranges:
+                low, high = torch.minimum(low, self.ranges[path][0]), torch.maximum(high, self.ranges[path][1])
+            self.ranges[path] = (low, high)
+        return super().run_node(n)
+
+
+def score_range(site: AttentionSite, values: dict[fx.Node, Any]) -> tuple[Tensor, Tensor]:
+    """Lowest and highest softmax input of one attention, by KV head: two float32 tensors [Hkv]."""
+    query, key = values[site.query].float(), values[site.key].float()
+    batch, heads, tokens, width = query.shape
+    grouped = query.view(batch, site.kv_heads, heads // site.kv_heads, tokens, width)
+    scores = torch.einsum("bkgtd,bksd->bkgts", grouped, key) * site.scale
+    if site.soft_cap:
+        scores = torch.tanh(scores / site.soft_cap) * site.soft_cap
+    hidden = torch.zeros_like(scores, dtype=torch.bool)
+    if site.is_causal:
+        hidden |= torch.ones(tokens, key.shape[2], dtype=torch.bool, device=scores.device).tril().logical_not()
+    for bias in site.biases:
+        mask = values[bias.node]
+        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)).unsqueeze(2)
+        if mask.shape[1] == heads and heads != 1:
+            mask = mask.reshape(mask.shape[0], site.kv_heads, -1, *mask.shape[-2:])
+        if mask.dtype == torch.bool:
+            hidden |= (mask == bias.where) if bias.fill is not None else ~mask
+        else:
+            hidden |= mask <= torch.finfo(mask.dtype).min
+            scores = scores + mask.clamp(min=torch.finfo(torch.float32).min / 2) * bias.multiplier
+    dims = (0, 2, 3, 4)
+    return scores.masked_fill(hidden, torch.inf).amin(dims), scores.masked_fill(hidden, -torch.inf).amax(dims)
+
+
+def _recipe(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]], technique: AsyncSoftmax, done: int) -> Recipe:
+    data = {f"{LOWEST}.{path}": low for path, (low, _) in ranges.items()}
+    data |= {f"{HIGHEST}.{path}": high for path, (_, high) in ranges.items()}
+    paths: dict[str, Technique] = {
+        path: AsyncSoftmax(phi=round(float(high.max()), 3), deterministic=technique.deterministic)
+        for path, (_, high) in ranges.items()
+    }
+    return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": done})
+
+
+def _resume(
+    model: nn.Module, checkpoint: str | os.PathLike[str] | None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+    if checkpoint is None or not pathlib.Path(checkpoint).is_file():
+        return {}, 0
+    recipe = Recipe.load(checkpoint)
+    recipe.check(model)
+    prefix = f"{LOWEST}."
+    names = [name.removeprefix(prefix) for name in recipe.data if name.startswith(prefix)]
+    ranges = {name: (recipe.data[prefix + name], recipe.data[f"{HIGHEST}.{name}"]) for name in names}
+    return ranges, int(recipe.notes.get("windows", 0))

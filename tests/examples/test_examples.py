@@ -1,0 +1,19 @@
+"""Every example runs as it stands."""
+
+from __future__ import annotations
+
+import pathlib
+import runpy
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+
+
+def test_skip_decode_is_short_and_skips(eager_lowering, capsys):
+    source = (EXAMPLES / "skip_decode.py").read_text()
+    assert source.count("\n") <= 60
+    runpy.run_path(str(EXAMPLES / "skip_decode.py"))["main"](layers=4, width=64, steps=4)
+    assert "SkipDecode" in capsys.readouterr().out
+    import fxopt
+
+    applied = [g.count("skip_decode") for r in fxopt.reports() for g in r.graphs]
+    assert max(applied) == 3

@@ -1,0 +1,52 @@
+"""The measuring harness itself: interleaving, medians, correctness first."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fxopt.bench.harness import Peer, Result, check_equal, environment, measure, quartiles
+
+
+def test_peers_are_interleaved_and_the_order_alternates():
+    calls = []
+    peers = [Peer(name, lambda name=name: calls.append(name)) for name in "ab"]
+    measure("case", peers, rounds=3)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+
+
+def test_rows_hold_medians_and_ratios_to_the_first():
+    import time
+
+    peers = [Peer("fast", lambda: time.sleep(0.001)), Peer("slow", lambda: time.sleep(0.004))]
+    fast, slow = measure("case", peers, rounds=5)
+    assert fast.ratio == 1.0
+    assert slow.ratio > 1.5
+    assert fast.low <= fast.median <= fast.high
+
+
+def test_peers_that_disagree_are_not_timed():
+    one, other = torch.ones(3), torch.tensor([1.0, 1.0, 1.1])
+    peers = [Peer("a", lambda: None, lambda: one), Peer("b", lambda: None, lambda: other)]
+    with pytest.raises(AssertionError, match="b differs from a"):
+        check_equal(peers, tolerance=1e-3)
+    nan = [Peer("a", lambda: None, lambda: one), Peer("b", lambda: None, lambda: one * float("nan"))]
+    with pytest.raises(AssertionError):
+        check_equal(nan, tolerance=1e-3)
+
+
+def test_quartiles_of_one_value():
+    assert quartiles([2.0]) == (2.0, 2.0)
+
+
+def test_result_files(tmp_path):
+    result = Result("suite", "command", environment("cpu"), measure("case", [Peer("a", lambda: None)], rounds=2))
+    data = json.loads(result.to_json(tmp_path / "r.json").read_text())
+    assert data["schema_version"] == 1
+    assert data["environment"]["torch"] == torch.__version__
+    assert "case" in result.table()
+    pytest.importorskip("matplotlib")
+    result.plot(tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 1000

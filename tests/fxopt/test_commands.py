@@ -1,0 +1,97 @@
+"""The command line and the doctor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fxopt
+from fxopt import cli, doctor
+from fxopt.testing import TINY
+
+typer_testing = pytest.importorskip("typer.testing")
+
+
+@pytest.fixture
+def run():
+    from fxopt.commands import app
+
+    return lambda *arguments: typer_testing.CliRunner().invoke(app, list(arguments))
+
+
+def test_help_names_every_command(run):
+    text = run("--help").output
+    for name in ("demo", "doctor", "plan", "inspect", "tune", "evaluate", "bench"):
+        assert name in text
+
+
+def test_help_names_every_command_without_typer(capsys):
+    assert cli._without_typer(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert name in text
+    assert "fxopt[inspect]" in text
+
+
+def test_the_console_script_starts():
+    found = subprocess.run([sys.executable, "-c", "from fxopt.cli import main; main()", "doctor"],
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    assert "torch" in found.stdout
+
+
+def test_doctor_json(run, tmp_path):
+    path = tmp_path / "doctor.json"
+    run("doctor", "--json", str(path))
+    findings = json.loads(path.read_text())
+    assert {f["level"] for f in findings} <= {"ok", "note", "problem"}
+
+
+def test_plan_of_a_config_needs_no_weights(run, tmp_path):
+    TINY["llama"]().config.save_pretrained(tmp_path)
+    found = run("plan", "--model-config", str(tmp_path / "config.json"), "--set", 'layer_skip={"skip": [1]}')
+    assert found.exit_code == 0, found.output
+    assert "layer_skip" in found.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("bench", "overhed"), "suites:"),
+        (("plan",), "one of the two"),
+        (("plan", "--model-config", "nowhere.json"), "no model config"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, arguments, words):
+    found = run(*arguments)
+    assert found.exit_code == 2
+    assert words in found.output
+
+
+def test_doctor_says_whether_generate_reaches_fxopt():
+    model = TINY["llama"]()
+    assert any(f.level == "problem" and "not compiled" in f.what for f in doctor.examine_model(model))
+    wrapped = torch.compile(model, backend="fxopt")
+    assert any("not reached" in f.what or "is not" in f.what for f in doctor.examine_model(wrapped))
+    fxopt.compile(model)
+    assert any(f.level == "ok" and "reach fxopt" in f.what for f in doctor.examine_model(model))
+
+
+def test_doctor_names_the_cache():
+    model = fxopt.compile(TINY["llama"]())
+    assert any("DynamicCache" in f.what and "static" in f.advice for f in doctor.examine_model(model))
+    model.generation_config.cache_implementation = "static"
+    assert any("cache_implementation='static'" in f.what for f in doctor.examine_model(model))
+
+
+@pytest.mark.slow
+def test_bench_depth_quick(run, tmp_path):
+    path = tmp_path / "depth.json"
+    found = run("bench", "depth", "--quick", "--json", str(path))
+    assert found.exit_code == 0, found.output
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["peer"] for row in rows} == {"deleted, inductor", "fxopt layer_skip", "full, inductor"}
+    assert all(row["median"] > 0 for row in rows)
