@@ -43,6 +43,7 @@ from fxopt.tinylm.training import (
     HeadLoss,
     Muon,
     Recipe,
+    Schedule,
     Trunk,
     build,
     rate_multiple,

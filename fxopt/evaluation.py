@@ -261,7 +261,7 @@ def evaluate(
     named: dict[str, tuple[Any, ...]] = {}
     for name, techniques in map(_named, candidates):
         named[name if name not in named else f"{name} #{len(named) + 1}"] = techniques
-    flat = {name: _techniques(techniques) for name, techniques in named.items()}
+    flat = {name: _techniques(model, techniques) for name, techniques in named.items()}
     if score == "auto":
         score = "decode" if any(acts_in_decode(t) for found in flat.values() for t in found) else "prompt"
     prompt = context // 2 if score == "decode" else 0
@@ -358,10 +358,10 @@ def _name(part: Any) -> str:
     return str(getattr(part, "name", None) or "recipe") if type(part).__name__ == "Recipe" else str(part)
 
 
-def _techniques(parts: tuple[Any, ...]) -> list[Any]:
+def _techniques(model: nn.Module, parts: tuple[Any, ...]) -> list[Any]:
     from fxopt.compiler import flatten
 
-    return [t for part in flatten(parts) for t in (part.values() if isinstance(part, Mapping) else (part,))]
+    return [t for part in flatten(model, parts) for t in (part.values() if isinstance(part, Mapping) else (part,))]
 
 
 def _choose(cut: list[scoring.Window], limit: int, prompt: int) -> list[scoring.Window]:

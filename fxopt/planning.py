@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +39,8 @@ def plan(
     Args:
         inputs: keyword arguments (or a tuple of positional ones) of one forward; without them, token ids
             ``[1, 32]`` for a Hugging Face text model, zeros of the configured image size for a vision model. Only
-            shapes and types matter: tensors are moved to the model's device, from or to meta.
+            shapes and types matter: tensors are moved to the model's device, from or to meta. A Hugging Face model
+            on the meta device is planned with ``use_cache=False`` unless a cache is handed in.
         target: name of a device in the roofline's table (``"h200"``): adds lower bounds of the time there.
 
     Raises:
@@ -121,8 +123,15 @@ def _shape(node: fx.Node) -> Any:
 
 def _example(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if inputs is None:
-        return (), _default_inputs(model, device)
+    args, kwargs = ((), _default_inputs(model, device)) if inputs is None else _moved(inputs, device)
+    accepted = inspect.signature(model.forward).parameters
+    if device.type == "meta" and "use_cache" in accepted and not kwargs.get("past_key_values"):
+        # A cache made inside of the call starts from torch.tensor([]), which Dynamo cannot trace on the meta device.
+        kwargs.setdefault("use_cache", False)
+    return args, kwargs
+
+
+def _moved(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta == (device.type == "meta"):
@@ -143,8 +152,8 @@ def _default_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
         return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), *size, device=device)}
     if not getattr(text, "vocab_size", None):
         raise SettingError(
-            f"plan cannot guess the inputs of {type(model).__name__}: give inputs={{...}}, the keyword arguments of one "
-            "forward (meta tensors will do)."
+            f"plan cannot guess the inputs of {type(model).__name__}: give inputs={{...}}, the keyword arguments of "
+            "one forward (meta tensors will do)."
         )
     ids = torch.zeros(1, 32, dtype=torch.long, device=device)
     return {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})}

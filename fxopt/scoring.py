@@ -88,7 +88,8 @@ def require_causal(model: Any) -> nn.Module:
     ):
         raise TypeError(
             f"{type(model).__name__} is not a causal language model of Hugging Face (a decoder with a head, as "
-            "AutoModelForCausalLM loads it); quality is bits per byte of the next token, which other models do not predict"
+            "AutoModelForCausalLM loads it); quality is bits per byte of the next token, which other models do "
+            "not predict"
         )
     return model
 

@@ -27,7 +27,7 @@ IGNORED = -100
 
 
 def layer_dropout(layers: int, p_max: float = 0.1) -> list[float]:
-    """Dropout rate of each layer: 0 for the first, `p_max` for the last, ``p_max * (exp(l ln2 / (L - 1)) - 1)`` between.
+    """Dropout rate of each layer: ``p_max * (exp(l ln2 / (L - 1)) - 1)``, 0 for the first and `p_max` for the last.
 
     Raises ValueError for a rate outside of [0, 1).
     """
@@ -57,7 +57,9 @@ def dropped_layers(
     fills a KV cache must not be dropped: train with ``use_cache=False``.
     """
     if len(rates) != len(layers):
-        raise ValueError(f"{len(rates)} rates for {len(layers)} layers; give one for each (layer_dropout(len(layers))).")
+        raise ValueError(
+            f"{len(rates)} rates for {len(layers)} layers; give one for each (layer_dropout(len(layers)))."
+        )
     draws = torch.rand(len(layers), generator=generator).tolist()
     chosen = frozenset(index for index, rate in enumerate(rates) if draws[index] < rate)
     kept = {index: layers[index].__dict__.get("forward") for index in chosen}

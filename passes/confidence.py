@@ -103,7 +103,8 @@ def check_threshold(value: Any, confidence: Any, exits: int) -> None:
             )
         if value > exits:
             raise SettingError(
-                f"EarlyExit(confidence='patience', threshold={value}): {exits} exit{'s' * (exits != 1)} can never agree "
+                f"EarlyExit(confidence='patience', threshold={value}): {exits} exit{'s' * (exits != 1)} can never "
+                "agree "
                 f"{value} times; give layers=(...) at least {value} entries, or a threshold of at most {exits}."
             )
         return
@@ -122,7 +123,8 @@ def check_threshold(value: Any, confidence: Any, exits: int) -> None:
 
 def _check_pairs(pairs: tuple[Any, ...]) -> None:
     shaped = bool(pairs) and all(
-        isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], int) and isinstance(p[1], (int, float)) and 0 <= p[1] <= 1
+        isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], int) and isinstance(p[1], (int, float))
+        and 0 <= p[1] <= 1
         for p in pairs
     )  # fmt: skip
     if not shaped or pairs[0][0] != 0 or any(a[0] >= b[0] for a, b in zip(pairs, pairs[1:], strict=False)):
@@ -160,7 +162,7 @@ def inline(function: Callable[..., Any], inputs: Sequence[fx.Node | None], rewri
         elif node.op in ("call_function", "call_method"):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: mapping[n])
             make = rewriter.call if node.op == "call_function" else rewriter.method
-            mapping[node] = make(node.target, args, kwargs, like=like, before=before)  # type: ignore[operator, arg-type]
+            mapping[node] = make(node.target, args, kwargs, like=like, before=before)  # type: ignore[arg-type]
         elif node.op == "output":
             result = fx.map_arg(node.args[0], lambda n: mapping[n])
         else:
@@ -174,14 +176,13 @@ def inline(function: Callable[..., Any], inputs: Sequence[fx.Node | None], rewri
 def _trace(function: Callable[..., Any], inputs: Sequence[fx.Node | None]) -> fx.Graph:
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
-    proxies = [
-        None if node is None else fx.Proxy(graph.placeholder(f"a{i}"), tracer) for i, node in enumerate(inputs)
-    ]
+    proxies = [None if node is None else fx.Proxy(graph.placeholder(f"a{i}"), tracer) for i, node in enumerate(inputs)]
     try:
         result = function(*proxies)
     except (fx.proxy.TraceError, TypeError) as error:
         raise SettingError(
-            f"{getattr(function, '__qualname__', function)} cannot be traced into the graph: {error}. Write it as plain "
+            f"{getattr(function, '__qualname__', function)} cannot be traced into the graph: {error}. Write it as "
+            "plain "
             "PyTorch on tensors, without `if` on values or sizes."
         ) from error
     graph.output(fx.map_arg(_nodes(result), lambda n: n))

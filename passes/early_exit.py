@@ -34,6 +34,7 @@ from fxopt.passes.exit_region import (
 )
 from fxopt.passes.layers import Layer, Stack
 from fxopt.passes.modules import ModuleStack, delete_layers, module_stacks
+from fxopt.passes.nodes import argument, value_of
 from fxopt.passes.rewriter import Rewriter
 from fxopt.passes.technique import SettingError, Technique, nearest
 
@@ -80,7 +81,8 @@ class EarlyExit(Technique):
         measures.check_threshold(self.threshold, self.confidence, len(self.layers))
         if self.head != "model":
             raise SettingError(
-                f"EarlyExit(head={self.head!r}): heads of their own are not available in this version; leave head='model', "
+                f"EarlyExit(head={self.head!r}): heads of their own are not available in this version; leave "
+                "head='model', "
                 "which scores each exit with the model's final norm and head."
             )
         if self.shortlist is not None and (
@@ -113,7 +115,8 @@ class EarlyExit(Technique):
                 f"version; use {', '.join(map(repr, measures.NAMES))} or a function of the logits."
             )
         raise SettingError(
-            f"EarlyExit(confidence={self.confidence!r}): allowed are {', '.join(map(repr, measures.NAMES))} or a function "
+            f"EarlyExit(confidence={self.confidence!r}): allowed are {', '.join(map(repr, measures.NAMES))} or a "
+            "function "
             f"of the logits.{nearest(str(self.confidence), measures.NAMES)}"
         )
 
@@ -130,6 +133,14 @@ class EarlyExit(Technique):
     # -- meaning ------------------------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> Technique:
+        generates = getattr(model, "can_generate", None)
+        if generates is not None and not generates():
+            raise SettingError(
+                f"{self}: {type(model).__name__} does not generate. Exits of this version are for decoders together "
+                "with "
+                "their language-model head; hand over the whole model, and leave encoders and classifiers without "
+                "exits."
+            )
         stacks = module_stacks(model)
         if stacks:
             self._check_counts(len(stacks[-1]), stacks[-1].path)
@@ -139,7 +150,8 @@ class EarlyExit(Technique):
         for n in self.layers:
             if n >= count:
                 raise SettingError(
-                    f"{self}: an exit after {n} layers in {path or 'the stack'}, which has {count}; counts run from 1 to "
+                    f"{self}: an exit after {n} layers in {path or 'the stack'}, which has {count}; counts run from "
+                    "1 to "
                     f"{count - 1}, because after the last layer nothing is left to save."
                 )
 
@@ -158,7 +170,9 @@ class EarlyExit(Technique):
     # -- rewrite ------------------------------------------------------------------------------------------------
 
     def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
-        stacks = [s for s in context.structure.stacks if any(context.covers(n) for layer in s.layers for n in layer.nodes)]
+        stacks = [
+            s for s in context.structure.stacks if any(context.covers(n) for layer in s.layers for n in layer.nodes)
+        ]
         if not stacks:
             context.missed("FX112", "", "no stack of repeated layers in this graph")
             return
@@ -190,7 +204,8 @@ class EarlyExit(Technique):
             original.finish(context)
         context.config_patches["unsafe_marked_cacheable_functions"] = {CONDITIONAL: "1"}
         context.note(
-            stack.path, "the branch of each exit is chosen on the host: one synchronisation for each exit that is reached",
+            stack.path,
+            "the branch of each exit is chosen on the host: one synchronisation for each exit that is reached",
             code="FX604",
         )  # fmt: skip
         for n, cost in zip(self.layers, costs, strict=True):
@@ -198,13 +213,21 @@ class EarlyExit(Technique):
 
     def _legal(self, stack: Stack, context: PassContext) -> bool:
         if context.training:
-            context.blocked("FX205", stack.path, "gradients are recorded; exits are for inference: model.eval() under torch.no_grad()")
+            context.blocked(
+                "FX205",
+                stack.path,
+                "gradients are recorded; exits are for inference: model.eval() under torch.no_grad()",
+            )
             return False
         clash = kv_policy.conflict(self.name, context.in_use)
         if clash is not None:
             raise SettingError(f"{self} together with {clash[0]!r}: {clash[1]}. Remove one of the two.")
         if depth.is_partial(stack, context.graph):
-            context.blocked("FX105", stack.path, f"only layers {stack.layers[0].index} to {stack.layers[-1].index} are in this graph")
+            context.blocked(
+                "FX105",
+                stack.path,
+                f"only layers {stack.layers[0].index} to {stack.layers[-1].index} are in this graph",
+            )
             return False
         self._check_counts(len(stack.layers), stack.path)
         if self.phase == "decode":
@@ -212,6 +235,11 @@ class EarlyExit(Technique):
             if phase != "decode":
                 context.blocked("FX503", stack.path, f"a {phase} runs every layer")
                 return False
+        if is_bidirectional(stack):
+            context.blocked(
+                "FX101", stack.path, "attention without a causal mask: the last position decides for a decoder only"
+            )
+            return False
         for layer in stack.layers[self.layers[0] :]:
             refusal = depth.refusal(layer)
             if refusal is not None:
@@ -220,9 +248,12 @@ class EarlyExit(Technique):
         return True
 
     def _truncate(self, stack: Stack, context: PassContext) -> None:
-        for layer in stack.layers[self.layers[0] :]:
+        for layer in reversed(stack.layers[self.layers[0] :]):
             erased = depth.skip_layer(layer, context, keep_rows=False)
-            context.applied(layer.path, f"never reached: the exit after {self.layers[0]} layers is always taken; {erased} nodes erased")
+            context.applied(
+                layer.path,
+                f"never reached: the exit after {self.layers[0]} layers is always taken; {erased} nodes erased",
+            )
 
     def _insert_exits(self, graph: fx.Graph, stack: Stack, context: PassContext) -> tuple[list[Check], list[ExitCost]]:
         rewriter = context.rewriter
@@ -230,8 +261,12 @@ class EarlyExit(Technique):
         head = find_head(graph, layers[-1].output)
         # A first look at the first exit: a graph that cannot be outlined is left untouched.
         trial = find_region(graph, layers[self.layers[0] - 1].output, (), ())
-        exit_nodes(trial, _identity(layers, [layers[0].input, *(layer.output for layer in layers)], self.layers[0]), layers)
-        late = [] if branches_may_write() or not trial.effects else defer_writes(graph, layers[self.layers[0] :], rewriter)
+        exit_nodes(
+            trial, _identity(layers, [layers[0].input, *(layer.output for layer in layers)], self.layers[0]), layers
+        )
+        late = (
+            [] if branches_may_write() or not trial.effects else defer_writes(graph, layers[self.layers[0] :], rewriter)
+        )
         checker = Checker(self, stack, head, rewriter)
         stream = [layers[0].input, *(layer.output for layer in layers)]
         checks: list[Check] = []
@@ -266,6 +301,16 @@ class EarlyExit(Technique):
         return checks, costs
 
 
+def is_bidirectional(stack: Stack) -> bool:
+    """Whether the first layer attends to several new tokens without any mask: an encoder's attention."""
+    for node in stack.layers[0].nodes:
+        if "scaled_dot_product_attention" in str(node.target):
+            query, mask, causal = node.args[0], argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
+            tokens = value_of(query).shape[-2]
+            return mask is None and not causal and not (isinstance(tokens, int) and tokens == 1)
+    return False
+
+
 def _identity(layers: Sequence[Layer], stream: Sequence[fx.Node], start: int) -> dict[fx.Node, fx.Node]:
     """Each layer from `start` on returns what it is given. `stream[l]` is the state after l layers."""
     given = {
@@ -297,7 +342,9 @@ def _counts(value: Any) -> tuple[int, ...]:
         raise SettingError(f"EarlyExit(layers={value!r}): a tuple of layer counts, such as (8, 16).") from None
     for n in counts:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise SettingError(f"EarlyExit(layers={value!r}): {n!r} is no count of layers that have run (an int from 1 on).")
+            raise SettingError(
+                f"EarlyExit(layers={value!r}): {n!r} is no count of layers that have run (an int from 1 on)."
+            )
     if not counts:
         raise SettingError("EarlyExit(layers=()): name at least one exit, such as layers=(8,).")
     if len(set(counts)) != len(counts):

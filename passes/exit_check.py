@@ -17,7 +17,7 @@ from torch import fx
 
 from fxopt.passes import cache_rows, confidence, depth
 from fxopt.passes.exit_region import RegionError
-from fxopt.passes.layers import Layer, Stack
+from fxopt.passes.layers import Stack
 from fxopt.passes.rewriter import Rewriter
 from fxopt.passes.streams import op_name
 
@@ -117,7 +117,9 @@ class Checker:
                 sure = put(confidence.of_logits(setting.confidence, size), [scores])
         rows = depth.value(sure)
         if not isinstance(rows, torch.Tensor) or rows.ndim != 1:
-            raise RegionError("FX101", state, f"the confidence has shape {getattr(rows, 'shape', None)}; it is one number a row, [B]")
+            raise RegionError(
+                "FX101", state, f"the confidence has shape {getattr(rows, 'shape', None)}; it is one number a row, [B]"
+            )
         newly = self._above(sure, state, place, put)
         exited = newly
         if setting.rows == "each" and earlier is not None:
@@ -128,7 +130,9 @@ class Checker:
         usable = logits if logits is not None and tuple(depth.value(logits).shape) == self.logits_shape else None
         return Check(made, predicate, exited, usable, level, choice, run)
 
-    def _inline(self, function: Callable[..., Any], inputs: list[fx.Node | None], *, place: fx.Node, like: fx.Node) -> Any:
+    def _inline(
+        self, function: Callable[..., Any], inputs: list[fx.Node | None], *, place: fx.Node, like: fx.Node
+    ) -> Any:
         return confidence.inline(function, inputs, self.rewriter, before=place, like=like)
 
     def _head(self, last: fx.Node, state: fx.Node, place: fx.Node) -> fx.Node:
@@ -198,7 +202,13 @@ class Checker:
         return self.rewriter.call(torch.full, ((), total), options, like=state, before=place)
 
     def _level(
-        self, number: int, sure: fx.Node, exited: fx.Node, predicate: fx.Node, earlier: Check | None, put: Callable[..., Any]
+        self,
+        number: int,
+        sure: fx.Node,
+        exited: fx.Node,
+        predicate: fx.Node,
+        earlier: Check | None,
+        put: Callable[..., Any],
     ) -> fx.Node:
         """``[B]`` int64: the exit a row took; the number of exits for none, one more for none because of NaN."""
         count = len(self.setting.layers)

@@ -45,7 +45,8 @@ class ExitCost:
         )
         return (
             f"exit after {self.after} of {self.layers} layers: its check reads {_bytes(self.check)} of weights "
-            f"({self.check / layer:.2f} layers), taking it saves {_bytes(self.saved)} ({self.saved / layer:.2f} layers) and "
+            f"({self.check / layer:.2f} layers), taking it saves {_bytes(self.saved)} ({self.saved / layer:.2f} "
+            "layers) and "
             f"still fills the caches ({self.policy / layer:.2f}); {pays}"
         )
 

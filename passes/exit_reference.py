@@ -33,7 +33,11 @@ class ModelHead:
             if "norm" in f"{name}{type(getattr(stack.owner, name)).__name__}".lower() and "emb" not in name.lower()
         ]  # fmt: skip
         # OPT and some others register the final norm before the layers.
-        norms += [n for n in names if n not in later and n.startswith("final") and "norm" in n and getattr(stack.owner, n) is not None]
+        norms += [
+            n
+            for n in names
+            if n not in later and n.startswith("final") and "norm" in n and getattr(stack.owner, n) is not None
+        ]
         self.norm = getattr(stack.owner, norms[0]) if norms else None
         self.project = getattr(stack.owner, "project_out", None)
         self.config = getattr(model, "config", None)

@@ -24,7 +24,6 @@ import copy
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -113,7 +112,9 @@ def _check_order(order: list[fx.Node], inside: Mapping[fx.Node, None], left: lis
         for node in inside:
             if position[node] < position[write] and any(depth.base(a) is target for a in node.all_input_nodes):
                 raise RegionError(
-                    "FX106", write, f"{op_name(write)} writes a tensor that {node.name}, which may not run, reads before"
+                    "FX106",
+                    write,
+                    f"{op_name(write)} writes a tensor that {node.name}, which may not run, reads before",
                 )
 
 
@@ -132,7 +133,8 @@ def defer_writes(graph: fx.Graph, layers: Sequence[Layer], rewriter: Rewriter) -
             if op_name(node) != "index_copy_" or node.args[0] is not target:
                 raise RegionError(
                     "FX208", node, f"{op_name(node)} updates the cache in place, and this version of torch "
-                    f"({torch.__version__}) refuses writes in the branches of torch.cond; torch 2.12 and later take them"
+                    f"({torch.__version__}) refuses writes in the branches of torch.cond; torch 2.12 and later take "
+                    "them"
                 )  # fmt: skip
             copied = rewriter.method("index_copy", node.args, node.kwargs, like=node, before=node)
             position = {n: i for i, n in enumerate(graph.nodes)}
@@ -178,7 +180,9 @@ def exit_nodes(region: Region, alias: Mapping[fx.Node, fx.Node], layers: Sequenc
     for layer in layers:
         for node in layer.nodes:
             if node in needed and ("attention" in op_name(node) or op_name(node) == "softmax"):
-                raise RegionError("FX208", node, "the cache of a layer is computed from an attention, not from its input")
+                raise RegionError(
+                    "FX208", node, "the cache of a layer is computed from an attention, not from its input"
+                )
     return [n for n in region.nodes if n in needed]
 
 

@@ -29,7 +29,9 @@ POLICIES: dict[str, Policy] = {
             "embedding at the token's true position; no attention, no MLP",
             keeps_cache=True,
         ),
-        Policy("none", "the layer runs for no token of the sequence, so that nobody reads its cache", keeps_cache=False),
+        Policy(
+            "none", "the layer runs for no token of the sequence, so that nobody reads its cache", keeps_cache=False
+        ),
         Policy(
             "recompute",
             "missing entries are computed later, together with the next token that runs the layer",

@@ -29,7 +29,7 @@ from fxopt.passes.adapters import find_adapters
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import written_between
 from fxopt.passes.linear_parts import Part, PartFinder
-from fxopt.passes.nodes import name_of, value_of
+from fxopt.passes.nodes import name_of, same, value_of
 from fxopt.passes.provenance import module_path
 
 MAX_WEIGHTS = 8
@@ -71,7 +71,7 @@ class Group:
 def linears_of(graph: fx.Graph) -> list[fx.Node]:
     """Every ``torch.nn.functional.linear(x, weight, ...)`` of the graph."""
     called = [n for n in graph.nodes if n.op == "call_function" and n.target is torch.nn.functional.linear]
-    return [n for n in called if len(n.args) >= 2]
+    return [n for n in called if len(n.args) >= 2 and n.users]
 
 
 def plan_groups(graph: fx.Graph, context: PassContext, max_m: int = MAX_ROWS) -> list[Group]:
@@ -189,11 +189,13 @@ class _Planner:
             match = match_norm(family.x)
         except Unsupported:
             return None
-        x, dtype = value_of(match.x), value_of(family.x).dtype
-        if not isinstance(x, torch.Tensor) or x.shape != value_of(family.x).shape:
+        like, dtype = value_of(family.x), value_of(family.x).dtype
+        read = [value_of(p) for p in (match.x, match.gamma, match.beta) if p is not None]
+        if not all(isinstance(t, torch.Tensor) and t.device == like.device for t in read):
             return None
-        parameters = [p for p in (match.gamma, match.beta) if p is not None]
-        odd = {value_of(p).dtype for p in parameters} | {x.dtype}
+        if read[0].ndim != like.ndim or not all(map(same, read[0].shape, like.shape)):
+            return None
+        odd = {t.dtype for t in read}
         if odd != {dtype}:
             message = f"the norm reads {_names(odd)} and the linears {dtype_name(dtype)}; it stays outside"
             self.context.missed("FX201", family.x, message)

@@ -1,8 +1,8 @@
 """Mixture of depths: a router chooses, block by block, which tokens are computed; the others pass by.
 
 Raposo et al., arXiv 2404.02258. The meaning is in :mod:`fxopt.passes.mod_reference`, and it already computes C tokens
-and no more: eager gathers them, calls the block on ``[B, C, W]``, scatters the result. Dynamo therefore captures a graph
-whose matrix products have C rows, with autograd, for static and symbolic lengths::
+and no more: eager gathers them, calls the block on ``[B, C, W]``, scatters the result. So Dynamo captures a graph whose
+matrix products have C rows, with autograd, for static and symbolic lengths::
 
     r = linear(x, w)                                  # [B, S]
     index = sort(argsort(r)[:, :C])                   # [B, C]
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,8 +66,8 @@ class MixtureOfDepths(Technique):
     def __post_init__(self) -> None:
         if isinstance(self.capacity, bool) or not isinstance(self.capacity, (int, float)):
             raise SettingError(
-                f"MixtureOfDepths(capacity={self.capacity!r}): a fraction of the sequence such as 0.125, or a number of "
-                "tokens such as 256."
+                f"MixtureOfDepths(capacity={self.capacity!r}): a fraction of the sequence such as 0.125, or a number "
+                "of tokens such as 256."
             )
         if isinstance(self.capacity, float) and not 0 < self.capacity <= 1:
             raise SettingError(
@@ -146,8 +145,9 @@ class MixtureOfDepths(Technique):
         for number, (key, stack, index) in enumerate(wanted):
             kept = earlier.get(key)
             if not isinstance(kept, Router) or not self._fits(kept, scorer):
-                kept = self._make_router(stack.layers[index], number, scorer)
-            kept.capacity, kept.path = self.capacity, f"{stack.path}.{index}"
+                kept = self._make_router(module, stack.layers[index], number, scorer)
+            kept.set_capacity(self.capacity)
+            kept.path = f"{stack.path}.{index}"
             chosen[key] = kept
             _route(targets[key], kept, residual=self.part == "layer")
         module.add_module(ROUTERS, chosen)
@@ -192,11 +192,10 @@ class MixtureOfDepths(Technique):
 
     def _target(self, stack: ModuleStack, index: int) -> nn.Module:
         layer = stack.layers[index]
+        for module in layer.modules():
+            if getattr(module, "is_causal", True) is False:
+                raise SettingError(f"{self}: {type(module).__name__} is not causal; only causal decoders are routed.")
         attentions = [child for _, child in _blocks(layer)]
-        if any(getattr(child, "is_causal", True) is False for child in attentions):
-            raise SettingError(
-                f"{self}: {type(attentions[0]).__name__} is not causal; only causal decoders are routed."
-            )
         if self.part == "layer":
             return layer
         if sum("norm" in type(child).__name__.lower() for child in layer.children()) > 2:
@@ -221,10 +220,10 @@ class MixtureOfDepths(Technique):
     def _fits(self, router: Router, scorer: nn.Module | None) -> bool:
         return router.scorer is scorer and (router.predictor is not None) == (self.predictor == "auxiliary")
 
-    def _make_router(self, layer: nn.Module, number: int, scorer: nn.Module | None) -> Router:
-        model = next(p for p in layer.parameters() if p.is_floating_point())
-        router = Router(_width(layer), self.capacity, self.predictor, number, scorer)
-        return router.to(device=model.device, dtype=model.dtype)
+    def _make_router(self, model: nn.Module, layer: nn.Module, number: int, scorer: nn.Module | None) -> Router:
+        like = next(p for p in layer.parameters() if p.is_floating_point())
+        router = Router(_width(model, layer), self.capacity, self.predictor, number, scorer)
+        return router.to(device=like.device, dtype=like.dtype)
 
     # -- rewrite ------------------------------------------------------------------------------------------------
 
@@ -265,15 +264,20 @@ def _route(target: nn.Module, router: Router, *, residual: bool) -> None:
         return
     signature = inspect.signature(type(target).forward)
     names = tuple(n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+    if "tuple" in str(signature.return_annotation).lower():  # Hugging Face's attention: (output, weights or None)
+        router.extra = 1
     # As a decoration does: a partial of a module-level function survives pickle and is bound anew by deepcopy.
     object.__setattr__(target, "forward", functools.partial(routed_forward, target, own, names, residual))
 
 
-def _width(layer: nn.Module) -> int:
-    for module in layer.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.ndim == 1:
-            return int(weight.shape[0])
+def _width(model: nn.Module, layer: nn.Module) -> int:
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if isinstance(width, int):
+        return width
+    weights = [getattr(child, "weight", None) for child in layer.children()]
+    norms = [w for w in weights if isinstance(w, torch.Tensor) and w.ndim == 1]
+    if norms:
+        return int(norms[0].shape[0])
     return int(next(m.weight for m in layer.modules() if _is_projection(m)).shape[-1])
 
 
@@ -295,18 +299,14 @@ def _load(chosen: nn.ModuleDict, file: str) -> None:
 
 
 def _told(graph: fx.Graph, nodes: list[fx.Node]) -> str:
-    gathers = [_gathered(node) for node in nodes]
-    inside = [
-        _gathered(node)
-        for name in _branches(graph, nodes)
-        for node in name.graph.nodes
-    ]  # fmt: skip
-    found = [g for g in gathers if g is not None]
+    found = [size for node in nodes if (size := _gathered(node)) is not None]
     if found:
         return f"{found[0][0]} of {found[0][1]} tokens are computed"
-    sizes = [g for g in inside if g is not None]
-    if sizes:
-        return f"its predictor decides: room for {sizes[0][0]} of {sizes[0][1]} tokens, all of them on overflow"
+    inside = [
+        size for branch in _branches(graph, nodes[-1]) for node in branch.graph.nodes if (size := _gathered(node))
+    ]
+    if inside:
+        return f"its predictor decides: room for {inside[0][0]} of {inside[0][1]} tokens, all of them on overflow"
     return "its predictor decides"
 
 
@@ -319,14 +319,10 @@ def _gathered(node: fx.Node) -> tuple[Any, Any] | None:
     return value.shape[1], source.meta["example_value"].shape[1]
 
 
-def _branches(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.GraphModule]:
-    owner = graph.owning_module
-    last = nodes[-1]
-    following: Callable[[fx.Node], fx.Node] = lambda n: n.next  # noqa: E731
-    node = following(last)
-    while node.op != "root" and node.op != "output":
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and owner is not None:
-            attributes = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-            return [m for a in attributes if isinstance(m := getattr(owner, str(a.target), None), fx.GraphModule)]
-        node = following(node)
+def _branches(graph: fx.Graph, last: fx.Node) -> list[fx.GraphModule]:
+    """The branches of the first ``torch.cond`` after `last`."""
+    for node in list(graph.nodes)[list(graph.nodes).index(last) :]:
+        if node.target is torch.ops.higher_order.cond and graph.owning_module is not None:
+            names = [str(a.target) for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+            return [m for name in names if isinstance(m := getattr(graph.owning_module, name, None), fx.GraphModule)]
     return []

@@ -34,7 +34,7 @@ class RoutedLayer(DynamicLayer):
             self.sliding_window = window
 
     def advance(self, positions: Tensor, tokens: int) -> Keys:
-        """Before the block runs: `tokens` new tokens were seen, those at ``positions: [B, C]`` (-1: none) are written."""
+        """Before the block runs: `tokens` tokens were seen, those at ``positions: [B, C]`` (-1: none) are written."""
         self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
         keys = Keys(self.positions, self.seen, self.window)
         self.seen += tokens

@@ -34,8 +34,6 @@ ROUTER = "_fxopt_router"
 """Attribute of a routed layer: its router, or None where routing was taken away again."""
 ROUTED = "fxopt.routed"
 """Key of the annotation on the nodes that gather and scatter a routed layer's tokens."""
-OVERFLOW = Fraction(5, 4)
-"""A compiled eval forward has room for this many times the capacity before it computes every token."""
 
 
 class Router(nn.Module):
@@ -58,9 +56,8 @@ class Router(nn.Module):
             with torch.no_grad():
                 for parameter in self.predictor.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
-        self.seed = seed
         self.path = ""
-        self.capacity = capacity
+        self.set_capacity(capacity)
         self.trained = False
         self.watched = False
         self.extra: int | None = None
@@ -83,9 +80,23 @@ class Router(nn.Module):
             return score
         return self.predictor(x.detach()).squeeze(-1)
 
+    def set_capacity(self, capacity: int | float) -> None:
+        """A float is a fraction of the sequence (rounded up), an int a number of tokens (all of a shorter sequence)."""
+        self.capacity = capacity
+        share = Fraction(0 if isinstance(capacity, int) else capacity).limit_denominator(1_000_000)
+        self.tokens = capacity if isinstance(capacity, int) else None
+        self.share = (share.numerator, share.denominator)
+
     def count(self, length: int) -> int:
         """Tokens of a sequence of `length` that are computed in training: at least one, at most all."""
-        return tokens_of(self.capacity, length)
+        if self.tokens is not None:
+            return min(self.tokens, length)
+        numerator, denominator = self.share
+        return (length * numerator + denominator - 1) // denominator
+
+    def room(self, length: int) -> int:
+        """Tokens that a compiled eval forward has room for before it computes every one: a quarter over capacity."""
+        return min(self.count(length) * 5 // 4 + 1, length)
 
     def extra_repr(self) -> str:
         return f"capacity={self.capacity}"
@@ -94,17 +105,9 @@ class Router(nn.Module):
         # What a forward left behind belongs to its autograd graph and can be neither copied nor pickled.
         return {**self.__dict__, "observed": None, "routes": None}
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.trained = True
-
-
-def tokens_of(capacity: int | float, length: int) -> int:
-    """Capacity in tokens: a float is a fraction of the sequence (rounded up), an int a number of tokens."""
-    if isinstance(capacity, int):
-        return min(capacity, length)
-    share = Fraction(capacity).limit_denominator(1_000_000)
-    return (length * share.numerator + share.denominator - 1) // share.denominator
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.trained = self.trained or any(name.startswith(prefix) for name in state_dict)
 
 
 # -- the choice -----------------------------------------------------------------------------------------------------
@@ -170,7 +173,9 @@ def _marked(path: str) -> Any:
     return compat.annotate({ROUTED: path}) if torch.compiler.is_compiling() else _nothing()
 
 
-def routed_forward(module: nn.Module, own: Any, names: tuple[str, ...], residual: bool, /, *args: Any, **kwargs: Any) -> Any:
+def routed_forward(
+    module: nn.Module, own: Any, names: tuple[str, ...], residual: bool, /, *args: Any, **kwargs: Any
+) -> Any:
     """``forward`` of a routed layer. `own`: the instance's earlier forward, or None for the class's."""
     router: Router | None = getattr(module, ROUTER)
     block = functools.partial(type(module).forward, module) if own is None else own
@@ -212,20 +217,30 @@ def _train(router: Router, block: Any, call: Call, score: Tensor, real: Tensor |
 def _in_buckets(router: Router, block: Any, call: Call, score: Tensor, member: Tensor, residual: bool) -> Any:
     """Compiled, without a cache: room for a little over the capacity, every token where that overflows."""
     length = call.stream.shape[1]
-    room = min(int(router.count(length) * OVERFLOW.numerator // OVERFLOW.denominator) + 1, length)
+    room = router.room(length)
     whole = ascending(member, length)
     if room == length:
         return compute(block, call, score, whole, router.path, residual=residual)
     assert whole.valid is not None
     few = Selection(whole.index[:, :room], whole.valid[:, :room], length)
 
-    def cut() -> Any:
-        return compute(block, call, score, few, router.path, residual=residual)
+    def cut() -> Tensor:
+        return _stream_of(compute(block, call, score, few, router.path, residual=residual), router.extra)
 
-    def overflow() -> Any:
-        return compute(block, call, score, whole, router.path, residual=residual)
+    def overflow() -> Tensor:
+        return _stream_of(compute(block, call, score, whole, router.path, residual=residual), router.extra)
 
-    return torch.cond(member.sum(1).max() <= room, cut, overflow, ())
+    output = torch.cond(member.sum(1).max() <= room, cut, overflow, ())
+    return (output, *[None] * router.extra) if router.extra else output
+
+
+def _stream_of(result: Any, extra: int | None) -> Tensor:
+    if isinstance(result, tuple) and not extra:
+        raise ValueError(
+            "mixture of depths: this block returns a tuple, which its forward's annotation does not say; run the model "
+            "once in eager and eval() before it is compiled."
+        )
+    return result[0] if isinstance(result, tuple) else result
 
 
 @torch.compiler.disable
@@ -237,7 +252,9 @@ def _with_cache(
 
     number = next((int(m.layer_idx) for m in module.modules() if getattr(m, "layer_idx", None) is not None), None)
     if number is None:
-        raise ValueError(f"{type(module).__name__} is given a cache and has no layer_idx that says which of its layers.")
+        raise ValueError(
+            f"{type(module).__name__} is given a cache and has no layer_idx that says which of its layers."
+        )
     layer = routed_layer(cache, number, call.stream.shape[1])
     return _decide(router, block, call, score, member, residual, layer)
 
@@ -302,7 +319,10 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         router.observed = None
         router.trained = True
         each = F.binary_cross_entropy_with_logits(logits.float(), member.float(), reduction="none")
-        losses.append(each.mean() if real is None else (each * real).sum() / real.sum().clamp(min=1))
+        if real is None:
+            losses.append(each.mean())
+        else:
+            losses.append((each * real).sum() / real.expand_as(each).sum().clamp(min=1))
     if not losses:
         raise ValueError(
             "auxiliary_loss(model) reads what the last forward in model.train() with gradients left behind, and there "
@@ -313,7 +333,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Record which tokens are computed: yields a function that returns ``{layer path: [B, S] bool}`` of the last forward."""
+    """Record which tokens are computed: yields a function to ``{layer path: [B, S] bool}`` of the last forward."""
     found = routers(model)
     for router in found.values():
         router.watched = True

@@ -17,8 +17,7 @@ the block then follow by themselves, whatever symbols the lengths are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ _MASK_NAMES = ("mask", "bias", "alibi")
 _ROW_NAMES = ("position", "rotary", "cos", "sin", "freq", "per_layer_input")
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """C of S tokens for each sequence: the selected ones in ascending order, then fillers."""
 
     index: Tensor
@@ -41,8 +39,7 @@ class Selection:
     """S, the number of tokens to choose from."""
 
 
-@dataclass(frozen=True)
-class Keys:
+class Keys(NamedTuple):
     """The keys a block attends to where it has a cache: what was written before, then this call's tokens."""
 
     positions: Tensor
@@ -130,6 +127,11 @@ class Call:
                 f"mixture of depths cannot cut a {type(mask).__name__} to the selected tokens; load the model with "
                 "attn_implementation='sdpa'."
             )
+        if mask is not None and (mask.ndim == 3 or (mask.ndim == 2 and mask.shape[0] != self.stream.shape[0])):
+            raise SettingError(
+                f"mixture of depths reads padding from a mask [batch or 1, heads or 1, sequence, sequence] (True: "
+                f"visible) or [batch, sequence]; this layer is given {_describe(mask)}."
+            )
         return mask
 
     def at(self, selection: Selection, keys: Keys | None = None) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -138,10 +140,11 @@ class Call:
         With `keys` the mask is built over the cached rows as well. Raises SettingError for an argument that depends
         on the sequence in a way that is not understood.
         """
+        given = self.mask
         stream = rows(self.stream, selection.index)
-        args = [_cut(n, v, selection, keys) for n, v in zip(self.names[1:], self.args[1:], strict=True)]
+        args = [_cut(self.names[i], self.args[i], selection, keys) for i in range(1, len(self.args))]
         kwargs = {n: _cut(n, v, selection, keys) for n, v in self.kwargs.items() if n != self.stream_name}
-        if keys is not None and self.mask is None:
+        if keys is not None and given is None:
             kwargs["attention_mask"] = _own_mask(selection, keys)
             if "attention_mask" in self.names:
                 args[self.names.index("attention_mask") - 1] = kwargs.pop("attention_mask")
@@ -153,7 +156,8 @@ class Call:
 
 def _cut(name: str, value: Any, selection: Selection, keys: Keys | None) -> Any:
     if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
-        return type(value)([_cut(name, v, selection, keys) for v in value])
+        cut = [_cut(name, v, selection, keys) for v in value]
+        return cut if isinstance(value, list) else tuple(cut)
     if not isinstance(value, Tensor) or value.ndim == 0 or "encoder" in name:
         return value
     batch, length = selection.index.shape[0], selection.length

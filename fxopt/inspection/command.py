@@ -25,7 +25,6 @@ def inspect(
 ) -> None:
     """Everything after ``--`` is a script with its arguments: ``fxopt inspect -- script.py 3``."""
     from fxopt.inspection import views
-    from fxopt.reporting import Report
 
     try:
         if view == "explain":
@@ -34,7 +33,7 @@ def inspect(
         if source is not None and source.suffix == ".py":
             report = views.run_script(source, context.args)
         elif source is not None:
-            report = Report.from_json(source)
+            report = views.load(source)
         else:
             _fail("inspect needs a saved report, or a script after --: fxopt inspect -- script.py args")
         shown: Any
@@ -47,7 +46,7 @@ def inspect(
         elif view == "diff":
             if other is None:
                 _fail("diff needs --other REPORT.json")
-            shown = views.diff(report, Report.from_json(other))
+            shown = views.diff(report, views.load(other))
         else:
             _fail(f"there is no view {view!r}: summary, why, diff, kernels, explain.")
         _show(shown, as_json)

@@ -97,7 +97,9 @@ def _missing(remarks: list[Remark], others: list[Remark]) -> tuple[Remark, ...]:
 
 def _kernels(a: list[KernelRecord], b: list[KernelRecord]) -> tuple[str, ...]:
     before, after = {k.name: k for k in a}, {k.name: k for k in b}
-    lines = [f"- {name}" for name in before if name not in after] + [f"+ {name}" for name in after if name not in before]
+    lines = [f"- {name}" for name in before if name not in after] + [
+        f"+ {name}" for name in after if name not in before
+    ]
     for name in before:
         if name not in after:
             continue

@@ -62,7 +62,9 @@ def _template() -> Any:
     try:
         import jinja2
     except ImportError as error:
-        raise MissingExtra("the page needs jinja2: pip install 'fxopt[inspect]' (report.to_json works without)") from error
+        raise MissingExtra(
+            "the page needs jinja2: pip install 'fxopt[inspect]' (report.to_json works without)"
+        ) from error
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(_asset("report.html.j2"))
 

@@ -19,15 +19,13 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fxopt.backend import describe, run_passes
 from fxopt.codegen import compat
 from fxopt.compiler import Given, flatten, settle
+from fxopt.inspection.replay import Replay
 from fxopt.inspection.text import View, table, wrapped
 from fxopt.meaning import reference, shared_copy
-from fxopt.options import Settings
-from fxopt.passes import order
-from fxopt.passes.provenance import module_path, node_id, number_nodes, source_line
-from fxopt.passes.record import GraphRecord, Recorder, target_name
+from fxopt.passes.provenance import module_path, node_id, source_line
+from fxopt.passes.record import target_name
 from fxopt.passes.technique import Decorated, SettingError, Technique, nearest
 
 SLACK = 8.0
@@ -124,7 +122,7 @@ def numerics(
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (
         tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
     )  # fmt: skip
-    replay = _Replay(settings)
+    replay = Replay(settings)
     call = compat.compile_alone(replay)
 
     def run() -> list[Tensor]:
@@ -213,7 +211,7 @@ class _Reference:
 def _given(model: nn.Module, techniques: tuple[Given, ...], allowed: set[str]) -> tuple[Given, ...]:
     """The settings of the allowed passes, decorations included."""
     kept: list[Given] = []
-    for given in flatten(techniques):
+    for given in flatten(model, techniques):
         if isinstance(given, Technique):
             kept += [given] if given.name in allowed else []
         else:
@@ -274,104 +272,11 @@ def _logits(base: list[Tensor], found: list[Tensor]) -> tuple[float | None, floa
     return float((p.exp() * (p - q)).sum(-1).mean()), float((p.argmax(-1) == q.argmax(-1)).double().mean())
 
 
-# -- replaying ------------------------------------------------------------------------------------------------------
-
-
-class _Only(Settings):
-    """Settings of which only some passes act."""
-
-    allowed: frozenset[str] = frozenset()
-
-    def reach(self, name: str, graph: fx.Graph) -> Any:
-        return super().reach(name, graph) if name in self.allowed else []
-
-
-Runner = Callable[..., Any]
-
-
-class _Replay:
-    """A backend that runs each captured graph with the passes in ``allowed``, as FX, without Inductor."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.allowed: frozenset[str] = frozenset()
-        self.names: list[str] = []
-        self.graphs: list[_Captured] = []
-        self.watching = False
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Runner:
-        captured = _Captured(gm, self)
-        self.graphs.append(captured)
-        reached = {n for n in order.names() if n not in self.settings.disable and self.settings.reach(n, gm.graph)}
-        self.names = [n for n in order.names() if n in reached | set(self.names)]
-        return captured
-
-    def acted(self, name: str) -> bool:
-        """Whether a pass changed any graph in the present setting."""
-        return any(
-            not stage.is_noop for g in self.graphs if self.allowed in g.stages
-            for stage in g.stages[self.allowed].record.stages[1:] if stage.name == name
-        )  # fmt: skip
-
-
-@dataclass
-class _Stage:
-    module: fx.GraphModule
-    record: GraphRecord
-    wrappers: list[Any]
-
-
-class _Captured:
-    """One captured graph, and the forms that passes give it, made when they are first run."""
-
-    def __init__(self, gm: fx.GraphModule, replay: _Replay) -> None:
-        number_nodes(gm.graph)
-        self.module = gm
-        self.replay = replay
-        self.stages: dict[frozenset[str], _Stage] = {}
-        self.values: dict[frozenset[str], dict[int, Tensor]] = {}
-
-    def stage(self, allowed: frozenset[str]) -> _Stage:
-        if allowed not in self.stages:
-            settings = _Only(**{f.name: getattr(self.replay.settings, f.name) for f in dataclasses.fields(Settings)})
-            object.__setattr__(settings, "allowed", allowed)
-            gm = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
-            record = GraphRecord(0, "-", "")
-            describe(record, gm)
-            recorder = Recorder(record, "1")
-            recorder.stage("captured", gm.graph, level="torch", seconds=0.0)
-            gm, wrappers, _ = run_passes(gm, record, recorder, settings)
-            self.stages[allowed] = _Stage(gm, record, wrappers)
-        return self.stages[allowed]
-
-    def __call__(self, *inputs: Any) -> Any:
-        stage = self.stage(self.replay.allowed)
-        run: Runner = stage.module.forward
-        if self.replay.watching:
-            watch = _Watch(stage.module)
-            self.values[self.replay.allowed] = watch.values
-            run = watch.run
-        for wrap in stage.wrappers:
-            run = wrap(run)
-        return run(*inputs)
-
-
-class _Watch(fx.Interpreter):
-    """Keeps the value of every node that is a tensor, by node id."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.values: dict[int, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op not in ("placeholder", "get_attr"):
-            self.values[node_id(n)] = value.detach().clone()
-        return value
+# -- the first value that differs --------------------------------------------------------------------------------------
 
 
 def _culprit(
-    replay: _Replay, before: frozenset[str], after: frozenset[str], run: Callable[[], list[Tensor]]
+    replay: Replay, before: frozenset[str], after: frozenset[str], run: Callable[[], list[Tensor]]
 ) -> Culprit | None:
     """The first node, in graph order, that was there before the pass and has another value after it."""
     replay.watching = True

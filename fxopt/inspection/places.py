@@ -139,6 +139,10 @@ def resolve(path: str, known: Iterable[str]) -> str | None:
 def nearest_path(path: str, known: Iterable[str]) -> str:
     """The known path that looks most like `path`; empty when none does."""
     known = list(known)
+    container, _, number = path.rpartition(".")
+    if number.isdigit() and f"{container}.0" in known:
+        members = [int(k[len(container) + 1 :]) for k in known if re.fullmatch(re.escape(container) + r"\.\d+", k)]
+        return f"{container}.{max(members)}"
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
     if close:
         return close[0]

@@ -18,10 +18,6 @@ class ScriptReport(Report):
 
     failure: str = ""
 
-    def summary(self) -> str:
-        text = super().summary()
-        return f"{text}\nfxopt: the script failed: {self.failure.splitlines()[-1]}" if self.failure else text
-
 
 def run_script(path: str | os.PathLike[str], args: Sequence[str] = ()) -> ScriptReport:
     """Run the script at `path` as ``__main__`` in this process; the report of all it compiled.

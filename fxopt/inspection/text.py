@@ -55,9 +55,9 @@ def fit(line: str, width: int) -> str:
 
 def wrapped(text: str, width: int, indent: str = "") -> list[str]:
     """A paragraph as lines; only what is longer than a line is broken inside."""
-    return textwrap.wrap(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    ) or [indent.rstrip()]
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False) or [
+        indent.rstrip()
+    ]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], width: int) -> list[str]:

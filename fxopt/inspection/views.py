@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
+import os
+import pathlib
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fxopt.inspection import diff as differences
-from fxopt.inspection import places
+from fxopt.inspection import places, typecheck
 from fxopt.inspection import why as reasons_why
+from fxopt.inspection.repro import repro
 from fxopt.inspection.scripts import ScriptReport, run_script
 from fxopt.inspection.text import View, table, wrapped
 from fxopt.passes import reasons
@@ -18,6 +22,8 @@ from fxopt.passes.record import GraphRecord, KernelRecord, NodeRow
 from fxopt.passes.technique import SettingError, nearest
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fxopt.reporting import Report
 
 __all__ = [
@@ -29,6 +35,10 @@ __all__ = [
     "expect",
     "explain",
     "kernels",
+    "load",
+    "numerics",
+    "reason_page",
+    "repro",
     "run_script",
     "summary",
     "unmet",
@@ -38,6 +48,30 @@ __all__ = [
 
 class Unmet(AssertionError):
     """An expectation about a report does not hold; the message says what was counted and why."""
+
+
+def load(path: str | os.PathLike[str]) -> Report:
+    """Read a saved report.
+
+    Raises:
+        ValueError: for a file that is no report, is truncated, damaged, or has another schema version. Every value is
+            checked against the type its field has, so that a hostile file fails here and nowhere later.
+        OSError: for a file that cannot be read.
+    """
+    from fxopt.reporting import Report
+
+    try:
+        data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is no JSON report (truncated?): {str(error)[:200]}") from None
+    try:
+        report = Report.from_dict(data)
+    except (AttributeError, RecursionError) as error:
+        raise ValueError(f"the report is damaged: {type(error).__name__}: {error}") from None
+    wrong = typecheck.first_mismatch(report.graphs) or typecheck.first_mismatch(report.environment, dict[str, str])
+    if wrong:
+        raise ValueError(f"the report is damaged: {wrong}")
+    return report
 
 
 def summary(report: Report) -> View:
@@ -69,6 +103,8 @@ def summary(report: Report) -> View:
             yield from (f"  {line}" for line in _layer_lines(graph))
             if graph.error:
                 yield from wrapped(f"This compilation failed: {graph.error.splitlines()[0]}", width, "  ")
+        if isinstance(report, ScriptReport) and report.failure:
+            yield from wrapped(f"fxopt: the script failed: {report.failure.splitlines()[-1]}", width)
 
     return View("summary", data, lines)
 
@@ -89,6 +125,13 @@ def _layer_lines(graph: GraphRecord) -> list[str]:
         tail = f", {len(indices)} differ: {', '.join(indices)}" if indices else ""
         lines.append(f"{container} x{len(own)}{tail}")
     return lines
+
+
+def numerics(model: nn.Module, inputs: Any, *techniques: Any, **options: Any) -> View:
+    """The view of :func:`fxopt.inspection.numerics.numerics`, with the same arguments."""
+    from fxopt.inspection.numerics import numerics as bisect
+
+    return bisect(model, inputs, *techniques, **options).view
 
 
 def why(report: Report, technique: str, module_path: str = "") -> View:
@@ -117,6 +160,41 @@ def explain(code: str) -> View:
     )
 
 
+def reason_page() -> str:
+    """``docs/reason_codes.md``: every reason code with its meaning and what to do, from the one table."""
+    families = {
+        "FX1": "The graph is built differently",
+        "FX2": "The meaning is not proven",
+        "FX3": "It would not pay",
+        "FX4": "Resources of the device",
+        "FX5": "What was asked for",
+        "FX6": "The road to the backend",
+        "FX9": "Inside fxopt",
+    }
+    lines = [
+        "# Reason codes",
+        "",
+        "Every place a pass looked at and did not rewrite has one of these codes in its remark. `fxopt inspect --view "
+        "explain --code FX104` prints one; `fxopt.report().why(technique, module_path)` says which one it was, where, "
+        "and what to change.",
+        "",
+        "This page is `fxopt.inspection.views.reason_page()`, made of `passes/reasons.py`; a test compares the two.",
+    ]
+    for family, title in families.items():
+        lines += ["", f"## {family}xx: {title}"]
+        for reason in reasons.REASONS.values():
+            if reason.code.startswith(family):
+                lines += [
+                    "",
+                    f"### {reason.code} {reason.title}",
+                    "",
+                    reason.meaning,
+                    "",
+                    f"What to do: {reason.advice}",
+                ]
+    return "\n".join(lines) + "\n"
+
+
 def kernels(report: Report) -> View:
     """The generated kernels: where they run, their configuration and their resources."""
     found = [(graph, kernel) for graph in report.graphs for kernel in graph.kernels]
@@ -125,12 +203,11 @@ def kernels(report: Report) -> View:
     def lines(width: int) -> Iterable[str]:
         if not found:
             yield from wrapped(
-                "No kernel was generated: rewritten graphs without kernels of their own are finished by Inductor.", width
+                "No kernel was generated: rewritten graphs without kernels of their own are finished by Inductor.",
+                width,
             )
             return
-        rows = [
-            (g.compile_id, k.name, _modules(k), _pairs(k.configuration), _pairs(k.resources)) for g, k in found
-        ]
+        rows = [(g.compile_id, k.name, _modules(k), _pairs(k.configuration), _pairs(k.resources)) for g, k in found]
         yield from table(("graph", "kernel", "for", "configuration", "resources"), rows, width)
         spilled = [k.name for _, k in found if _spills(k)]
         if spilled:

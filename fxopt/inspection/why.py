@@ -77,7 +77,9 @@ def ask(report: Report, technique: str, module_path: str = "") -> Answer:
     known = {*Technique.registry, *(r.technique for r in report.remarks), *(s.name for s in report.passes)}
     if technique not in known:
         names = sorted(known - {"captured"})
-        raise SettingError(f"There is no technique {technique!r}. Known: {', '.join(names)}.{nearest(technique, names)}")
+        raise SettingError(
+            f"There is no technique {technique!r}. Known: {', '.join(names)}.{nearest(technique, names)}"
+        )
     if not report.graphs:
         return Answer(technique, module_path, "empty")
     settings = tuple(
@@ -88,7 +90,9 @@ def ask(report: Report, technique: str, module_path: str = "") -> Answer:
     paths = places.module_paths(report.graphs)
     path = places.resolve(module_path, paths)
     if path is None:
-        return Answer(technique, module_path, "unknown", settings=settings, nearest=places.nearest_path(module_path, paths))
+        return Answer(
+            technique, module_path, "unknown", settings=settings, nearest=places.nearest_path(module_path, paths)
+        )
     findings = _findings(report.graphs, technique, path)
     here = next((s for g in report.graphs if path and (s := places.source_of(g, path))), "")
     passes = tuple(dict.fromkeys(s.name for s in report.passes if s.name == technique))
@@ -215,7 +219,9 @@ def _absent(answer: Answer, place: str) -> str:
         )
     elsewhere = ""
     if answer.elsewhere:
-        shown = ", ".join(answer.elsewhere[:8]) + (f" and {len(answer.elsewhere) - 8} more" * (len(answer.elsewhere) > 8))
+        shown = ", ".join(answer.elsewhere[:8]) + (
+            f" and {len(answer.elsewhere) - 8} more" * (len(answer.elsewhere) > 8)
+        )
         elsewhere = f" It acted at {shown}."
     setting = f" The setting is {'; '.join(answer.settings)}." if answer.settings else ""
     return f"{name} left {place} as it is: its setting does not name this place.{setting}{elsewhere}{at}"

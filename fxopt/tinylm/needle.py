@@ -1,8 +1,8 @@
 """The needle task: retrieve a word that stands far back in the context.
 
-A prompt is filler text with a few lines `KEY socket buffer` hidden in it, and ends with one of these keys: `KEY socket`.
-The answer is the word after it. Everything is built on token ids, so that a prompt has exactly the length that was
-asked for.
+A prompt is filler text with a few lines `KEY socket buffer` hidden in it, and ends with one of these keys:
+`KEY socket`. The answer is the word after it. Everything is built on token ids, so that a prompt has exactly the
+length that was asked for.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-
 Schedule = tuple[tuple[float, Any], ...]
 """Pairs of a fraction of the training and the value that holds from there."""
 
@@ -38,18 +37,18 @@ class Recipe:
     exit_weight: float = 0.3
     exit_rows: int = 1024
     """Positions a step that the exit is scored on; a multiple of 512."""
-    gap: Schedule = ((0.0, 0.0), (0.44, 0.3))
+    gap: Schedule = ((0.0, 0.0), (0.44, 0.3), (0.87, 0.6))
     """Share of the steps whose positions jump once, so that short sequences show long distances (PoSE, 2309.10400)."""
     repeated: Schedule = ((0.0, 0.0), (0.54, 0.08), (0.64, 0.25), (0.82, 0.4))
     """Share of the sequences that repeat shuffled tokens, of which only the repetition is scored."""
     planted: Schedule = ((0.0, 0.1), (0.44, 0.2), (0.64, 0.25), (0.82, 0.4))
     """Share of the sequences with planted copies; at least 0.4 of the long ones, 0.5 in the last phase."""
-    rates: Schedule = ((0.0, 1.0), (0.01, 1.0), (0.81, 0.2), (0.82, 0.3), (0.92, 0.3), (1.0, 0.02))
+    rates: Schedule = ((0.0, 1.0), (0.81, 0.19), (0.82, 0.3), (0.94, 0.25), (1.0, 0.02))
     """Learning rates over the training, piecewise linear, after the warm-up."""
     seed: int = 0
     growth: Schedule = ((0.0, 3), (0.12, 6), (0.28, 9), (0.4, 12))
     """From which fraction of the training the stack has how many layers."""
-    contexts: Schedule = ((0.0, 256), (0.5, 512), (0.9, 4096))
+    contexts: Schedule = ((0.0, 256), (0.5, 512), (0.88, 4096))
     """From which fraction of the training sequences are how long."""
     long: int = 2048
     """The length of every eighth step between 0.4 of the training and the last phase."""
@@ -136,7 +135,7 @@ class Trunk:
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, depth: int, dropped: set[int], exit_at: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [B, T] at positions [T] to the normed last state and the normed state after `exit_at` layers, each [B, T, hidden]."""
+        """ids [B, T] at positions [T] to two normed states [B, T, hidden]: the last, and after `exit_at` layers."""
         x = self.model.model.embed_tokens(ids)
         cos, sin = self.cos[positions], self.sin[positions]
         early = x
@@ -158,8 +157,9 @@ class Trunk:
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy of the full model and of one exit, with their gradients, in chunks that stay in the CPU's cache.
 
-    last, early [N, hidden], head [V, hidden], targets [N], scored [N] (1 or 0: whether a position counts). The exit is scored on its first `rows` positions, half
-    against the text and half against the full model's distribution. Returns the loss to train on and both parts.
+    last, early [N, hidden], head [V, hidden], targets [N], scored [N] (1 or 0: whether a position counts). The exit is
+    scored on its first `rows` positions, half against the text and half against the full model's distribution.
+    Returns the loss to train on and both parts.
     """
 
     @staticmethod

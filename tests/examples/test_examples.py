@@ -17,3 +17,10 @@ def test_skip_decode_is_short_and_skips(eager_lowering, capsys):
 
     applied = [g.count("skip_decode") for r in fxopt.reports() for g in r.graphs]
     assert max(applied) == 3
+
+
+def test_layer_skip(eager_lowering, capsys):
+    runpy.run_path(str(EXAMPLES / "layer_skip.py"))["main"]()
+    printed = capsys.readouterr().out
+    assert "layers that run: (0, 2, 3, 5)" in printed
+    assert "layer_skip" in printed

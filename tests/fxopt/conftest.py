@@ -52,11 +52,15 @@ def llama_record(layers: int = 32, number: int = 0, wide: int = 1) -> GraphRecor
     kept = [r for r in rows if r.id not in gone]
     changed = [dataclasses.replace(r, args=r.args.replace("add_7", "add_6")) for r in rows if "add_7" in r.args]
     changed = [r for r in changed if r.id not in gone]
-    skip = Stage("layer_skip", "torch", 0.02, len(rows), len(kept), [], changed, gone, [r.id for r in kept], exact=False)
+    skip = Stage(
+        "layer_skip", "torch", 0.02, len(rows), len(kept), [], changed, gone, [r.id for r in kept], exact=False
+    )
     made = []
     for row in kept:
         if row.target == "scaled_dot_product_attention" and not row.module.startswith("model.layers.3."):
-            new = dataclasses.replace(row, id=len(rows) + len(made), name=f"packed_{row.name}", target="fxopt.attention")
+            new = dataclasses.replace(
+                row, id=len(rows) + len(made), name=f"packed_{row.name}", target="fxopt.attention"
+            )
             made.append(dataclasses.replace(new, origins=(row.id,)))
     replaced = {row.origins[0]: row for row in made}
     order = [replaced[r.id].id if r.id in replaced else r.id for r in kept]
@@ -65,15 +69,16 @@ def llama_record(layers: int = 32, number: int = 0, wide: int = 1) -> GraphRecor
     remarks = [Remark("layer_skip", "applied", "model.layers.7", f"layer 7 of {layers} skipped")]
     for i in range(layers):
         if i == 3:
-            remarks.append(Remark("async_softmax", "missed", "model.layers.3.self_attn",
-                                  "expected scale=0.125, found scale=0.2", "FX102", f"{HF}:193, in forward"))  # fmt: skip
+            message, line = "expected scale=0.125, found scale=0.2", f"{HF}:193, in forward"
+            remarks.append(Remark("async_softmax", "missed", "model.layers.3.self_attn", message, "FX102", line))
         elif i != 7:
             remarks.append(Remark("async_softmax", "applied", f"model.layers.{i}.self_attn", "packed attention"))
     remarks.append(Remark("flat_gemm", "blocked", "lm_head", "no kernel for this device", "FX303"))
     kernel = KernelRecord(
         "attention_decode_ab12", "attention", tuple(r.id for r in made[:3]), ("model.layers.0.self_attn",),
         "@triton.jit\ndef attention_decode(q, k):\n    pass\n",
-        {"block_n": 64, "num_warps": 4}, {"registers": 96, "spills": 2, "shared": 32768, "ptx": ".version 8.0\n.target sm_90\n"},
+        {"block_n": 64, "num_warps": 4},
+        {"registers": 96, "spills": 2, "shared": 32768, "ptx": ".version 8.0\n.target sm_90\n"},
     )  # fmt: skip
     return GraphRecord(
         number, f"0/{number}", "LlamaForCausalLM", "prefill", "1x16", [captured, skip, packed, idle], remarks,
@@ -213,9 +218,7 @@ class Browser:
     def requests(self) -> list[str]:
         """Addresses asked for so far, the page itself included."""
         self.js("0")
-        return [
-            e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"
-        ]
+        return [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console."""

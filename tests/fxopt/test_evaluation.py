@@ -161,6 +161,7 @@ def test_evaluate_measures_speed(model, tokenizer):
     assert max(row.speedup for row in table.rows[:2]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_setting_of_decode_is_scored_token_by_token(model, tokenizer):
     technique = fxopt.LayerSkip(skip=(0, 1), phase="decode")
     options = {"tokenizer": tokenizer, "context": 24, "limit": 13, "speed": False, "show": False}

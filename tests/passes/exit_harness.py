@@ -27,7 +27,7 @@ class Recaptured:
         entry = _Entry(gm)
         self.entries.append(entry)
         entry.use(self.technique)
-        return lambda *args: entry.run(*args)
+        return lambda *args: entry.run(*args)  # the run of the technique in use at the time
 
     def use(self, technique: Technique | None) -> Recaptured:
         self.technique = technique
@@ -36,7 +36,10 @@ class Recaptured:
         return self
 
     def remarks(self, status: str | None = None) -> list[Any]:
-        return [r for e in self.entries if e.record for r in e.record.remarks if status in (None, r.status)]
+        """Remarks on the technique in use, of all graphs."""
+        name = self.technique.name if self.technique else ""
+        found = [r for e in self.entries if e.record for r in e.record.remarks if r.technique == name]
+        return [r for r in found if status in (None, r.status)]
 
 
 class _Entry:
@@ -51,12 +54,9 @@ class _Entry:
     def use(self, technique: Technique | None) -> None:
         gm = fx.GraphModule(self.gm, backend._copy_graph(self.graph))
         gm.compile_subgraph_reason = getattr(self.gm, "compile_subgraph_reason", None)
-        self.record = None
-        wrappers: list[Any] = []
-        if technique is not None:
-            self.record = reporting.new_record("test", 0)
-            settings = Settings.build({technique.name: technique}, strict=True)
-            gm, wrappers, _ = backend.run_passes(gm, self.record, Recorder(self.record, "0"), settings)
+        self.record = reporting.new_record("test", 0)
+        settings = Settings.build({technique.name: technique} if technique else {}, strict=True)
+        gm, wrappers, _ = backend.run_passes(gm, self.record, Recorder(self.record, "0"), settings)
         self.rewritten = gm
         run: Any = gm.forward
         for wrap in wrappers:

@@ -1,0 +1,110 @@
+"""Run a model's captured graphs with any selection of passes, as FX and without Inductor, and watch their values."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxopt.backend import describe, run_passes
+from fxopt.options import Settings
+from fxopt.passes import order
+from fxopt.passes.provenance import node_id, number_nodes
+from fxopt.passes.record import GraphRecord, Recorder
+
+
+class _Only(Settings):
+    """Settings of which only some passes act."""
+
+    allowed: frozenset[str] = frozenset()
+
+    def reach(self, name: str, graph: fx.Graph) -> Any:
+        return super().reach(name, graph) if name in self.allowed else []
+
+
+Runner = Callable[..., Any]
+
+
+class Replay:
+    """A backend that runs each captured graph with the passes in ``allowed``, as FX, without Inductor."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.allowed: frozenset[str] = frozenset()
+        self.names: list[str] = []
+        self.graphs: list[Captured] = []
+        self.watching = False
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Runner:
+        captured = Captured(gm, self)
+        self.graphs.append(captured)
+        reached = {n for n in order.names() if n not in self.settings.disable and self.settings.reach(n, gm.graph)}
+        self.names = [n for n in order.names() if n in reached | set(self.names)]
+        return captured
+
+    def acted(self, name: str) -> bool:
+        """Whether a pass changed any graph in the present setting."""
+        return any(
+            not stage.is_noop for g in self.graphs if self.allowed in g.stages
+            for stage in g.stages[self.allowed].record.stages[1:] if stage.name == name
+        )  # fmt: skip
+
+
+@dataclass
+class _Stage:
+    module: fx.GraphModule
+    record: GraphRecord
+    wrappers: list[Any]
+
+
+class Captured:
+    """One captured graph, and the forms that passes give it, made when they are first run."""
+
+    def __init__(self, gm: fx.GraphModule, replay: Replay) -> None:
+        number_nodes(gm.graph)
+        self.module = gm
+        self.replay = replay
+        self.stages: dict[frozenset[str], _Stage] = {}
+        self.values: dict[frozenset[str], dict[int, Tensor]] = {}
+
+    def stage(self, allowed: frozenset[str]) -> _Stage:
+        if allowed not in self.stages:
+            settings = _Only(**{f.name: getattr(self.replay.settings, f.name) for f in dataclasses.fields(Settings)})
+            object.__setattr__(settings, "allowed", allowed)
+            gm = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
+            record = GraphRecord(0, "-", "")
+            describe(record, gm)
+            recorder = Recorder(record, "1")
+            recorder.stage("captured", gm.graph, level="torch", seconds=0.0)
+            gm, wrappers, _ = run_passes(gm, record, recorder, settings)
+            self.stages[allowed] = _Stage(gm, record, wrappers)
+        return self.stages[allowed]
+
+    def __call__(self, *inputs: Any) -> Any:
+        stage = self.stage(self.replay.allowed)
+        run: Runner = stage.module.forward
+        if self.replay.watching:
+            watch = _Watch(stage.module)
+            self.values[self.replay.allowed] = watch.values
+            run = watch.run
+        for wrap in stage.wrappers:
+            run = wrap(run)
+        return run(*inputs)
+
+
+class _Watch(fx.Interpreter):
+    """Keeps the value of every node that is a tensor, by node id."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[int, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op not in ("placeholder", "get_attr"):
+            self.values[node_id(n)] = value.detach().clone()
+        return value

@@ -1,0 +1,85 @@
+"""numerics: an error planted in a pass is found in that pass; rounding and approximation are not called errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import pytest
+import torch
+
+from fxopt import LayerSkip, SettingError, Technique
+from fxopt.inspection.numerics import numerics
+from fxopt.testing import TINY
+
+IDS = torch.tensor([[5, 17, 3, 99, 42, 8, 61]])
+
+
+@pytest.fixture
+def planted():
+    """``planted(name, factor)``: an exact technique that multiplies one residual addition of layer 1 by `factor`."""
+    made = []
+
+    def make(name, factor, exact=True):
+        @dataclasses.dataclass(frozen=True)
+        class Planted(Technique):
+            def reference(self, model):
+                return model
+
+            def rewrite(self, graph, context):
+                add = next(n for n in graph.nodes if n.target is operator.add and context.structure.layer_of(n)
+                           and context.structure.layer_of(n).index == 1)  # fmt: skip
+                new = context.rewriter.call(torch.mul, (add, factor), like=add, after=add, name=f"{name}_scaled")
+                context.rewriter.replace(add, new, only=lambda user: user is not new)
+                context.applied(add, "scaled")
+
+        Planted.name, Planted.exact = name, exact
+        Planted.__init_subclass__()
+        Technique.registry[name] = Planted
+        made.append(name)
+        return Planted()
+
+    yield make
+    for name in made:
+        Technique.registry.pop(name, None)
+
+
+def verdicts(numbers):
+    return {stage.name: stage.verdict for stage in numbers.stages}
+
+
+def test_an_error_is_bisected_to_its_pass_and_node(planted):
+    model = TINY["handwritten"]()
+    first, second, third = planted("aa_harmless", 1.0), planted("bb_wrong", 1.001), planted("cc_harmless", 1.0)
+    numbers = numerics(model, (IDS,), first, second, third)
+    found = verdicts(numbers)
+    assert found["aa_harmless"] in ("as eager", "rounding", "closer") and found["bb_wrong"] == "diverges"
+    assert numbers.first == "bb_wrong"
+    assert numbers.culprit is not None and "bb_wrong_scaled" in numbers.culprit.made
+    assert numbers.culprit.module.startswith("layers.1") and "testing.py" in numbers.culprit.source
+    assert numbers.culprit.error == pytest.approx(1e-3, rel=0.6)
+    text = numbers.text(80)
+    assert "bb_wrong is the first pass that diverges" in text and max(map(len, text.split("\n"))) <= 80
+    # limited by number and by name
+    assert numerics(model, (IDS,), first, second, passes=["aa_harmless"]).first == ""
+    with pytest.raises(SettingError, match="bb_wrong"):
+        numerics(model, (IDS,), first, passes=["bb_wrong"])
+
+
+def test_skipping_is_measured_against_its_own_reference():
+    numbers = numerics(TINY["handwritten"](), (IDS,), LayerSkip(skip=(1,)))
+    stage = next(s for s in numbers.stages if s.name == "layer_skip")
+    assert numbers.first == "" and stage.verdict in ("as eager", "rounding", "closer")
+    assert stage.kl is not None and stage.kl > 1e-4 and 0 <= stage.agreement <= 1
+
+
+def test_an_error_in_an_approximate_pass_is_found(planted):
+    numbers = numerics(TINY["handwritten"](), (IDS,), LayerSkip(skip=(2,)), planted("zz_wrong", 1.01, exact=False))
+    assert verdicts(numbers)["layer_skip"] != "diverges" and numbers.first == "zz_wrong"
+
+
+def test_low_precision_rounding_is_no_error():
+    model = TINY["handwritten"]().to(torch.bfloat16)
+    numbers = numerics(model, (IDS,))
+    assert numbers.first == "" and numbers.stages[0].error < 0.05
+    assert model.head.weight.dtype == torch.bfloat16

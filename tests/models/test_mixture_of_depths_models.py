@@ -1,0 +1,147 @@
+"""Mixture of depths on Hugging Face models: compiled like eager, and decoded step by step like all at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fxopt
+from fxopt import SettingError
+from fxopt.passes.mixture_of_depths import MixtureOfDepths
+from fxopt.passes.mod_reference import routers, watching
+from fxopt.testing import TINY, inputs_for
+
+pytest.importorskip("transformers")
+
+MODELS = ["llama", "qwen3", "gpt2", "gemma2"]
+
+
+def made(name, training, batch=2, length=12, **fields):
+    model = TINY[name]()
+    MixtureOfDepths(**{"capacity": 0.5} | fields)(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for router in routers(model).values():
+        router.trained = True
+    return model.train(training), inputs_for(name, model, batch=batch, length=length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_is_eager(eager_lowering, name, training, dynamic):
+    model, inputs = made(name, training, length=20)
+    with torch.no_grad():
+        fxopt.compile(model, dynamic=dynamic, strict=True)
+        torch.testing.assert_close(model(**inputs).logits, model.forward(**inputs).logits, rtol=1e-4, atol=1e-4)
+        if dynamic:
+            longer = inputs_for(name, model, length=31)
+            found = model(**longer).logits
+            torch.testing.assert_close(found, model.forward(**longer).logits, rtol=1e-4, atol=1e-4)
+    remarks = [r for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"]
+    assert {(r.status, r.path.rpartition(".")[2]) for r in remarks} == {("applied", "1")}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_step_by_step_is_all_at_once(name, batch):
+    """Prompt, a chunk of several tokens, then single tokens; Gemma 2 with its window of 8 filled and passed."""
+    from transformers import DynamicCache
+
+    model, inputs = made(name, training=False, batch=batch, length=21, layers=(0, 1))
+    ids = inputs["input_ids"]
+    with torch.no_grad(), watching(model) as routes:
+        whole = model(input_ids=ids, use_cache=False).logits
+        chosen = routes()
+        cache = DynamicCache(config=model.config)
+        parts = []
+        for start, stop in [(0, 6), (6, 10), *((i, i + 1) for i in range(10, 21))]:
+            parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    for index, layer in enumerate(cache.layers[:2]):
+        path = next(p for p in chosen if p.endswith(f".{index}"))
+        assert layer.get_seq_length() == 21
+        for row in range(batch):
+            written = layer.positions[row][layer.positions[row] >= 0]
+            assert written.tolist() == chosen[path][row].nonzero()[:, 0].tolist()
+        if batch == 1:
+            assert layer.keys is None or layer.keys.shape[2] <= max(int(chosen[path].sum()), 1)
+
+
+def test_a_block_whose_rows_all_decline_is_not_run():
+    from transformers import DynamicCache
+
+    model, inputs = made("llama", training=False)
+    calls = []
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    router = routers(model)["model.layers.1"]
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=inputs["input_ids"], past_key_values=cache)
+        for weight, runs in ((0.0, 0), (1.0, 1)):
+            router.forward = lambda x, weight=weight: torch.full(x.shape[:2], weight)
+            calls.clear()
+            model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
+            assert len(calls) == runs
+
+
+def test_left_padding_and_a_cropped_cache():
+    from transformers import DynamicCache
+
+    model, inputs = made("llama", training=False, batch=1)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        alone = model(input_ids=ids, use_cache=False).logits[:, -1]
+        padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+        mask = torch.ones_like(padded)
+        mask[:, :4] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=model.config)
+        first = {"attention_mask": mask[:, :10], "position_ids": positions[:, :10]}
+        model(input_ids=padded[:, :10], past_key_values=cache, **first)
+        model(input_ids=ids[:, :3], past_key_values=cache)  # a draft, rolled back
+        cache.crop(-3)
+        rest = {"attention_mask": mask, "position_ids": positions[:, 10:]}
+        found = model(input_ids=padded[:, 10:], past_key_values=cache, **rest).logits[:, -1]
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_is_what_forwards_without_a_cache_say(beams):
+    model, inputs = made("llama", training=False)
+    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    found = model.generate(inputs["input_ids"], use_cache=True, **settings)
+    assert torch.equal(found, model.generate(inputs["input_ids"], use_cache=False, **settings))
+
+
+def test_generate_of_the_compiled_model(eager_lowering):
+    model, inputs = made("llama", training=False)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(inputs["input_ids"], **settings)
+    fxopt.compile(model)
+    assert torch.equal(model.generate(inputs["input_ids"], **settings), expected)
+
+
+def test_caches_that_cannot_leave_rows_out_are_refused():
+    from transformers import DynamicCache, StaticCache
+
+    model, inputs = made("llama", training=False)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        with pytest.raises(SettingError, match="DynamicCache"):
+            model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+        cache = DynamicCache(config=model.config)
+        TINY["llama"]()(input_ids=ids, past_key_values=cache)
+        with pytest.raises(SettingError, match="Start from an empty DynamicCache"):
+            model(input_ids=ids, past_key_values=cache)
+        cache = model.train()(input_ids=ids).past_key_values
+        with pytest.raises(SettingError, match=r"Fill it in model\.eval"):
+            model.eval()(input_ids=ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(("name", "says"), [("t5", "encoder-decoder"), ("bert", "not causal")])
+def test_only_decoders_are_routed(name, says):
+    with pytest.raises(SettingError, match=says):
+        MixtureOfDepths(0.5)(TINY[name]())
