@@ -9,7 +9,7 @@ from fxopt.passes.mixture_of_depths import MixtureOfDepths
 from fxopt.passes.mod_reference import auxiliary_loss, watching
 
 
-def step_time(model, ids, rounds=5):
+def step_time(model, ids, rounds):
     """Median seconds of a forward and backward."""
     seconds = []
     for _ in range(rounds + 2):
@@ -19,16 +19,17 @@ def step_time(model, ids, rounds=5):
     return sorted(seconds[2:])[rounds // 2]
 
 
-def main(layers=4, width=256, length=512, capacity=0.125, steps=20):
+def main(layers=4, width=256, length=512, capacity=0.125, steps=20, rounds=5, dense_backend="inductor"):
     from fxopt.bench.models import llama
 
     ids = torch.randint(0, 1000, (1, length))
     dense = llama(layers, width, heads=4, kv_heads=2, vocab_size=1000).train()
-    dense.compile(backend="inductor")
+    dense.compile(backend=dense_backend)
     model = llama(layers, width, heads=4, kv_heads=2, vocab_size=1000).train()
     MixtureOfDepths(capacity=capacity)(model)
     fxopt.compile(model)
-    print(f"forward and backward, dense over routed: {step_time(dense, ids) / step_time(model, ids):.2f}")
+    gain = step_time(dense, ids, rounds) / step_time(model, ids, rounds)
+    print(f"forward and backward, dense over routed: {gain:.2f}")
     print(fxopt.report(model).summary())
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -1,6 +1,6 @@
 """Train the small language model that ships with fxopt, on the source of the Python standard library.
 
-    python examples/train_tinylm.py --minutes 104 --out build/tinylm    # the shipped weights; go on with --resume
+    python examples/train_tinylm.py --minutes 110 --out build/tinylm    # the shipped weights; go on with --resume
     python examples/train_tinylm.py --steps 2000 --out build/tinylm     # repeatable: the same weights for the same seed
     python examples/train_tinylm.py --quick --out build/quick           # a minute, to see that it works
     python examples/train_tinylm.py --evaluate                          # the metrics of the model card
@@ -114,9 +114,9 @@ class Feeder:
         """ids [B, T + 1], and which of the T predictions count [B, T]."""
         recipe = self.recipe
         rng = random.Random(recipe.seed * 1_000_003 + step)
-        length, share = at(recipe.contexts, progress), at(recipe.planted, progress)
+        length, share, spans = at(recipe.contexts, progress), at(recipe.planted, progress), 1 / 3
         if progress >= recipe.contexts[-1][0]:
-            share = 0.5
+            share, spans = 0.9, 0.1
         elif progress > 0.4 and step % 8 == 0:
             length, share = recipe.long, max(share, 0.4)
         rows, scored = [], []
@@ -124,7 +124,7 @@ class Feeder:
             ids = self.window(length, rng).astype(np.int64)
             counts = np.ones(length, dtype=np.float32)
             if rng.random() < share:
-                ids = np.array(planted(self.tokenizer, ids.tolist(), length + 1, rng), dtype=np.int64)
+                ids = np.array(planted(self.tokenizer, ids.tolist(), length + 1, rng, spans=spans), dtype=np.int64)
             elif rng.random() < at(recipe.repeated, progress) and (rows or recipe.tokens <= length):
                 period = rng.randrange(16, rng.choice((64, length // 4, length // 2)) + 1)
                 once = ids[:period].copy()

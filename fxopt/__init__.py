@@ -25,6 +25,7 @@ from fxopt.passes.technique import PassError, SettingError, Technique  # noqa: E
 from fxopt.planning import plan  # noqa: E402
 from fxopt.recipe import Recipe  # noqa: E402
 from fxopt.reporting import Report, report, reports  # noqa: E402
+from fxopt.speculation import generate  # noqa: E402
 from fxopt.tuning import tune  # noqa: E402
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "Technique",
     "compile",
     "evaluate",
+    "generate",
     "plan",
     "reference",
     "report",

@@ -10,12 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from fxopt.cli import COMMANDS
+from fxopt.inspection.command import inspect
 from fxopt.passes.technique import SettingError, Technique
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="A compiler backend for dynamic-compute transformers."
 )  # fmt: skip
 
+Model = Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name; default: the shipped model.")]
+Folder = Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Quick = Annotated[bool, typer.Option(help="Small sizes and few rounds: does it work, not how fast is it.")]
 Json = Annotated[pathlib.Path | None, typer.Option("--json", help="Also write the result as JSON.")]
@@ -52,7 +55,7 @@ def techniques_of(settings: list[str] | None) -> list[Technique]:
 
 @app.command(help=COMMANDS["demo"])
 def demo(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name; default: the small shipped model.")] = None,
+    model: Model = None,
     tokens: Annotated[int, typer.Option(help="New tokens to generate.")] = 48,
 ) -> None:
     from fxopt import demonstration
@@ -65,7 +68,7 @@ def demo(
 
 @app.command(help=COMMANDS["doctor"])
 def doctor(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name.")] = None,
+    model: Folder = None,
     json_path: Json = None,
 ) -> None:
     from fxopt import doctor as examination
@@ -82,8 +85,8 @@ def doctor(
 
 @app.command(help=COMMANDS["plan"])
 def plan(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name.")] = None,
-    model_config: Annotated[pathlib.Path | None, typer.Option(help="A config.json instead: no weights are needed.")] = None,
+    model: Folder = None,
+    model_config: Annotated[pathlib.Path | None, typer.Option(help="A config.json instead: no weights.")] = None,
     set_: Setting = None,
     target: Annotated[str | None, typer.Option(help="Device to plan for, such as h200.")] = None,
     json_path: Json = None,
@@ -107,7 +110,7 @@ def plan(
 
 @app.command(help=COMMANDS["tune"])
 def tune(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name; default: the shipped model.")] = None,
+    model: Model = None,
     data: Annotated[pathlib.Path | None, typer.Option(help="A text file; default: the shipped held-out text.")] = None,
     only: Annotated[str, typer.Option(help="What to calibrate.")] = "async_softmax",
     output: Annotated[pathlib.Path, typer.Option(help="The recipe to write.")] = pathlib.Path("recipe.safetensors"),
@@ -133,7 +136,7 @@ def tune(
 
 @app.command(help=COMMANDS["evaluate"])
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face folder or hub name; default: the shipped model.")] = None,
+    model: Model = None,
     data: Annotated[pathlib.Path | None, typer.Option(help="A text file; default: the shipped held-out text.")] = None,
     set_: Setting = None,
     limit: Annotated[int | None, typer.Option(help="Tokens of the text to score.")] = None,
@@ -217,7 +220,5 @@ def model_from_config(path: pathlib.Path | None) -> Any:
         except ValueError:
             return AutoModel.from_config(config).eval()
 
-
-from fxopt.inspection.command import inspect  # noqa: E402
 
 app.command(name="inspect", help=COMMANDS["inspect"], context_settings={"allow_extra_args": True})(inspect)

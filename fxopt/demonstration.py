@@ -16,7 +16,9 @@ from fxopt.reporting import report
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a text file.'
 
 
-def run(model_name: str | None = None, *, new_tokens: int = 48, rounds: int = 3, page: str = "fxopt-report.html") -> None:
+def run(
+    model_name: str | None = None, *, new_tokens: int = 48, rounds: int = 3, page: str = "fxopt-report.html"
+) -> None:
     """Print the demo. `model_name`: a Hugging Face folder or hub name; default: the model that ships with fxopt."""
     model, tokenizer, name = _load(model_name)
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, "

@@ -61,7 +61,8 @@ def _registration() -> list[Finding]:
         ]  # fmt: skip
     if len(points) > 1:
         places = ", ".join(str(p.dist.locate_file("")) if p.dist else "?" for p in points)
-        return [Finding("problem", f"backend='fxopt' is registered {len(points)} times: {places}", "pip uninstall fxopt")]
+        what = f"backend='fxopt' is registered {len(points)} times: {places}"
+        return [Finding("problem", what, "pip uninstall fxopt")]
     if "fxopt" not in torch.compiler.list_backends():
         return [Finding("problem", "torch does not list the backend 'fxopt'", "pip install --force-reinstall fxopt")]
     return [Finding("ok", "backend 'fxopt' is registered once")]
@@ -72,7 +73,7 @@ def _tools() -> list[Finding]:
     if torch.cuda.is_available():
         findings.append(Finding("ok", f"GPU: {torch.cuda.get_device_name()}"))
     else:
-        findings.append(Finding("note", "no GPU: rewrites run, generated kernels are not used; Inductor compiles for the CPU"))
+        findings.append(Finding("note", "no GPU: generated kernels are not used; Inductor compiles for the CPU"))
     if importlib.util.find_spec("triton") is None:
         findings.append(Finding("note", "no Triton: kernels can be neither generated nor cross-compiled",
                                 "pip install triton (Linux)"))  # fmt: skip
@@ -86,7 +87,7 @@ def _tools() -> list[Finding]:
     )  # fmt: skip
     compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++") if shutil.which(c)), None)
     if compiler is None:
-        findings.append(Finding("problem", "no C++ compiler: Inductor cannot compile for the CPU", "apt-get install g++"))
+        findings.append(Finding("problem", "no C++ compiler: Inductor needs one for the CPU", "apt-get install g++"))
     else:
         findings.append(Finding("ok", f"C++ compiler: {compiler}"))
     for extra, module in (("hf", "transformers"), ("inspect", "jinja2")):
@@ -125,7 +126,7 @@ def _generation(model: nn.Module) -> list[Finding]:
     cache = getattr(config, "cache_implementation", None)
     if cache is None:
         findings.append(
-            Finding("note", "generate() uses a growing DynamicCache: it is copied at each step, and lengths are symbolic",
+            Finding("note", "generate() uses a growing DynamicCache: copied at each step, lengths are symbolic",
                     "model.generation_config.cache_implementation = 'static'")
         )  # fmt: skip
     else:

@@ -120,7 +120,8 @@ class Table:
                 continue
             axes.plot(row.decode, quality, "o" if row.exact else "s", label=f"{'=' if row.exact else '~'} {row.name}")
         edge = self.frontier()
-        axes.plot([r.decode for r in edge], [_quality(r) for r in edge], "--", color="0.6", zorder=0)
+        points = [(r.decode or 0.0, _quality(r) or 0.0) for r in edge]
+        axes.plot([x for x, _ in points], [y for _, y in points], "--", color="0.6", zorder=0)
         axes.set_xlabel("decode, tokens per second")
         axes.set_ylabel("bits per byte" if any(r.bits_per_byte for r in self.rows) else "bits per token")
         if axes.lines:

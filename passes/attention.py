@@ -94,7 +94,8 @@ class AttentionSite:
         heads = f"{self.heads} query heads on {self.kv_heads} KV heads"
         extras = [f"soft-cap {self.soft_cap:g}"] if self.soft_cap else []
         extras += ["sinks"] if self.sinks is not None else []
-        return ", ".join([heads, f"{self.tokens} token{'' if str(self.tokens) == '1' else 's'} on {self.length} keys", *extras])
+        tokens = "1 token" if str(self.tokens) == "1" else f"{self.tokens} tokens"
+        return ", ".join([heads, f"{tokens} on {self.length} keys", *extras])
 
 
 @dataclass(frozen=True)

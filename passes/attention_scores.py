@@ -211,7 +211,8 @@ class _Scores:
 
     def _without_maximum(self, node: fx.Node) -> Any:
         # x - max(x) before softmax changes nothing.
-        inner, top = node.args[0], node.args[1]
+        inner: Any = node.args[0]
+        top: Any = node.args[1]
         picks_values = isinstance(top, fx.Node) and name_of(top) == "getitem" and top.args[1] == 0
         source = top.args[0] if picks_values else top
         if name_of(source) not in ("max", "amax") or not isinstance(source, fx.Node) or source.args[0] is not inner:
@@ -219,7 +220,7 @@ class _Scores:
         if argument(source, 1, "dim") not in (-1, 3) or not argument(source, 2, "keepdim", False):
             raise Differs("FX101", "a maximum over other than the keys is subtracted from the scores")
         for extra in {node, top, source}:
-            self._take(extra)  # type: ignore[arg-type]
+            self._take(extra)
         if name_of(inner) == "cat":
             return self._with_sinks(inner, users=2)
         raise Differs("FX104", "the scores are also read for their maximum")
@@ -239,7 +240,8 @@ class _Scores:
 
     def operands(self) -> tuple[fx.Node, fx.Node]:
         """(query [B, H, T, D], key [B, H, S, D])."""
-        query, transposed = self.product.args[0], argument(self.product, 1, "other")
+        query: Any = self.product.args[0]
+        transposed: Any = argument(self.product, 1, "other")
         if not (is_tensor(query, 4) and is_tensor(transposed, 4)):
             raise Differs("FX102", "queries or keys have other than 4 dimensions")
         name = name_of(transposed)
@@ -270,7 +272,8 @@ def _sinks_of(column: Any) -> fx.Node:
 
 def _weights(softmax: fx.Node, chain: _Scores) -> tuple[fx.Node, list[fx.Node]]:
     """(the product with the values, nodes from softmax to it)."""
-    node, nodes = softmax, []
+    node = softmax
+    nodes: list[fx.Node] = []
     dropped_column = False
     for _ in range(8):
         if len(node.users) != 1:

@@ -31,22 +31,27 @@ class Call:
 
     @property
     def first(self) -> fx.Node:
+        """The node that runs first."""
         return next(iter(self.nodes))
 
 
 @dataclass
 class Container:
+    """Numbered members under one path (``"model.layers"``), or numbered names in one module (``"block_*"``)."""
+
     path: str
     calls: dict[tuple[str, int], Call] = field(default_factory=dict)
 
     @property
     def ordered(self) -> list[Call]:
+        """The calls by their first node."""
         return list(self.calls.values())
 
     @property
     def same_kind(self) -> bool:
-        """Whether its members are modules of one class: what a reader would call repeated."""
-        return len(self.calls) > 1 and len({call.kind for call in self.calls.values()}) == 1
+        """Whether it is a real container of modules of one class: what a reader would call repeated."""
+        kinds = {call.kind for call in self.calls.values()}
+        return len(self.calls) > 1 and len(kinds) == 1 and not self.path.endswith("*")
 
 
 def split_member(path: str) -> tuple[str, int] | None:

@@ -212,7 +212,8 @@ class EarlyExit(Technique):
             context.applied(stack.layers[n - 1].path, str(cost))
 
     def _legal(self, stack: Stack, context: PassContext) -> bool:
-        if context.training:
+        # Not context.training: a weight that is only cast shows its own requires_grad under no_grad too.
+        if depth.value(stack.layers[-1].output).requires_grad:
             context.blocked(
                 "FX205",
                 stack.path,

@@ -138,25 +138,28 @@ class Checker:
     def _head(self, last: fx.Node, state: fx.Node, place: fx.Node) -> fx.Node:
         """The head on ``last: [B, 1, W]``; on all positions where its literal shapes allow no other."""
         batch = depth.value(last).shape[0]
+        graph = self.rewriter.graph
         for source in (last, state):
-            made: list[fx.Node] = []
+            known = set(graph.nodes)
             try:
-                logits = self._copy_head(source, place, made)
+                logits = self._copy_head(source, place)
             except (RuntimeError, ValueError, TypeError):
                 logits = None
             if logits is not None and depth.value(logits).ndim == 3 and depth.value(logits).shape[0] == batch:
                 return logits
-            self.rewriter.erase(made)
+            # The copy that failed has no value yet, so that the rewriter does not know it.
+            for node in reversed(list(graph.nodes)):
+                if node not in known:
+                    graph.erase_node(node)
         raise RegionError("FX103", self.head.logits, "the head could not be copied: literal shapes in it do not fit")
 
-    def _copy_head(self, source: fx.Node, place: fx.Node, made: list[fx.Node]) -> fx.Node:
+    def _copy_head(self, source: fx.Node, place: fx.Node) -> fx.Node:
         mapping = {self.head.start: source}
         for node in self._head_and_helpers():
             copied = self.rewriter.copy(node, mapping, before=place)
             if node is self.head.projection and self.setting.shortlist is not None:
                 self._shorten(copied)
             mapping[node] = copied
-            made.append(copied)
         return mapping[self.head.logits]
 
     def _head_and_helpers(self) -> list[fx.Node]:

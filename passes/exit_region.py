@@ -31,7 +31,7 @@ from torch import fx
 from fxopt.codegen import compat
 from fxopt.passes import depth, provenance
 from fxopt.passes.layers import Layer
-from fxopt.passes.rewriter import Rewriter, writes_in_place
+from fxopt.passes.rewriter import Rewriter, is_view, writes_in_place
 from fxopt.passes.streams import op_name
 
 
@@ -216,12 +216,14 @@ def outline(nodes: Sequence[fx.Node], results: Sequence[fx.Node], alias: Mapping
         node = waiting.pop(0)
         if node in members or node in made_inside or node in known:
             continue
-        if isinstance(depth.value(node), (torch.Tensor, torch.SymInt)):
+        # Views are taken again inside: two operands must not share memory.
+        shared = is_view(node) and node.op in ("call_function", "call_method")
+        if isinstance(depth.value(node), (torch.Tensor, torch.SymInt)) and not shared:
             known[node] = inputs[node] = graph.placeholder(f"operand_{len(inputs)}")
             known[node].meta = {k: v for k, v in node.meta.items() if k in ("example_value", "custom")}
         elif node.op == "placeholder":
             raise RegionError("FX102", node, f"{node.name} is neither a tensor nor a size")
-        else:  # shapes, types, branches of nested exits: made again inside
+        else:  # shapes, types, views, branches of nested exits: made again inside
             made_inside[node] = None
             waiting.extend(resolve(a, alias) for a in node.all_input_nodes)
     source = nodes[0].graph if nodes else None

@@ -183,7 +183,7 @@ class _Search:
         """First road: every member holds its own additions."""
         calls = container.ordered
         if self._inside(calls):
-            if container.same_kind and not container.path.endswith("*") and not self._chained(calls):
+            if container.same_kind and not self._chained(calls):
                 self._reject(container.path, NOT_CHAINED, "parallel modules inside a layer", calls[0].first)
             return
         for call in calls:

@@ -25,6 +25,7 @@ _POINTWISE = frozenset(OPERATIONS) | set(
     "to float half bfloat16 type type_as iadd imul rsub dropout alpha_dropout contiguous clone detach pow clamp "
     "hardtanh relu6".split()
 )
+_CASTS = frozenset("to float half bfloat16 type type_as".split())
 
 
 @dataclass
@@ -91,7 +92,7 @@ class PartFinder:
                 products += other.products
             region.add(node)
             exits = [n for n in region if any(user not in region for user in n.users)]
-            if len(exits) != 1:
+            if len(exits) != 1 or _widens(exits[0]):
                 continue
             problem = self._problem(products, exits[0])
             if problem:
@@ -163,6 +164,12 @@ class PartFinder:
         except Unsupported as reason:
             return reason.reason
         return ""
+
+
+def _widens(node: fx.Node) -> bool:
+    """A cast that writes no fewer bytes than it reads: the start of what follows, and no end of a part."""
+    source = value_of(node.all_input_nodes[0])
+    return spelling(node.target) in _CASTS and source.dtype.itemsize <= value_of(node).dtype.itemsize
 
 
 def _lies_together(value: torch.Tensor) -> bool:

@@ -24,7 +24,16 @@ import torch
 from torch import fx, nn
 
 from fxopt.passes.context import PassContext
-from fxopt.passes.mod_reference import ROUTED, ROUTER, ROUTERS, Router, layer_key, routed_forward
+from fxopt.passes.mod_reference import (
+    ROUTED,
+    ROUTER,
+    ROUTERS,
+    Router,
+    layer_key,
+    routed_forward,
+    routers,
+    warn_untrained,
+)
 from fxopt.passes.modules import ModuleStack, module_stacks
 from fxopt.passes.skip_reference import _blocks, _is_projection
 from fxopt.passes.streams import op_name
@@ -119,6 +128,9 @@ class MixtureOfDepths(Technique):
     def check(self, model: nn.Module) -> Technique:
         for stack in self._stacks(model):
             self.routed(len(stack))
+        for router in routers(model).values():
+            if not model.training:
+                warn_untrained(router)  # here, because a compiled forward cannot
         return self
 
     def reference(self, model: nn.Module) -> nn.Module:
@@ -164,7 +176,7 @@ class MixtureOfDepths(Technique):
             if type(instance) is cls:  # a subclass may add its layers after this
                 self.prepare(instance)
 
-        cls.__init__ = make  # type: ignore[method-assign]
+        cls.__init__ = make  # type: ignore[method-assign,assignment]
 
     def _stacks(self, model: nn.Module) -> list[ModuleStack]:
         config = getattr(model, "config", None)
@@ -239,12 +251,16 @@ class MixtureOfDepths(Technique):
                 "(model), train it, then compile"
             )  # fmt: skip
         elif not marked:
-            context.note(
-                "", "no routed layer in this graph; with a KV cache routed layers decide on the host and run eagerly",
-                code="FX604",
-            )  # fmt: skip
+            context.note("", "no routed layer in this graph; it is a part of a model that has some", code="FX105")
         for path, nodes in marked.items():
-            context.applied(path, _told(graph, nodes))
+            message = _told(graph, nodes)
+            if message:
+                context.applied(path, message)
+            else:
+                context.note(
+                    path, "its predictor decides on the host, and the block runs in eager: the number of tokens, and "
+                    "of rows in a KV cache, is known there alone", code="FX604",
+                )  # fmt: skip
 
 
 def unroute(model: nn.Module) -> nn.Module:
@@ -278,7 +294,8 @@ def _width(model: nn.Module, layer: nn.Module) -> int:
     norms = [w for w in weights if isinstance(w, torch.Tensor) and w.ndim == 1]
     if norms:
         return int(norms[0].shape[0])
-    return int(next(m.weight for m in layer.modules() if _is_projection(m)).shape[-1])
+    projections: list[Any] = [m for m in layer.modules() if _is_projection(m)]
+    return int(projections[0].weight.shape[-1])
 
 
 def _load(chosen: nn.ModuleDict, file: str) -> None:
@@ -307,7 +324,7 @@ def _told(graph: fx.Graph, nodes: list[fx.Node]) -> str:
     ]
     if inside:
         return f"its predictor decides: room for {inside[0][0]} of {inside[0][1]} tokens, all of them on overflow"
-    return "its predictor decides"
+    return ""
 
 
 def _gathered(node: fx.Node) -> tuple[Any, Any] | None:

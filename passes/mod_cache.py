@@ -91,7 +91,7 @@ def routed_layer(cache: Any, index: int, tokens: int) -> RoutedLayer:
         )
     if len(cache.layers) == index:
         cache.layers.append(RoutedLayer())
-    found = cache.layers[index]
+    found: Any = cache.layers[index]
     if type(found) in (DynamicLayer, DynamicSlidingWindowLayer) and not found.get_seq_length():
         found = cache.layers[index] = RoutedLayer(getattr(found, "sliding_window", None))
     if not isinstance(found, RoutedLayer):
@@ -99,7 +99,7 @@ def routed_layer(cache: Any, index: int, tokens: int) -> RoutedLayer:
             f"layer {index} of this cache is a {type(found).__name__} with {found.get_seq_length()} tokens, and its "
             "block has mixture of depths. Start from an empty DynamicCache, filled in model.eval()."
         )
-    first = cache.layers[0]
+    first: Any = cache.layers[0]
     if index and first.get_seq_length() != found.seen + tokens:
         raise SettingError(
             f"this cache was filled while layer {index} was not routed by its predictor ({found.seen} of "

@@ -39,6 +39,8 @@ ROUTED = "fxopt.routed"
 class Router(nn.Module):
     """Scores tokens and decides which of them a block computes. ``x: [B, S, W]``."""
 
+    scorer: nn.Module | None
+
     def __init__(
         self, width: int, capacity: int | float, predictor: str, seed: int, scorer: nn.Module | None = None
     ) -> None:
@@ -59,6 +61,7 @@ class Router(nn.Module):
         self.path = ""
         self.set_capacity(capacity)
         self.trained = False
+        self.warned = False
         self.watched = False
         self.extra: int | None = None
         """What the block returns beside the stream, once it has run in eager: how many, 0 where it returns a tensor."""
@@ -129,7 +132,7 @@ def top_tokens(score: Tensor, count: int, real: Tensor | None = None) -> Selecti
 
 def members(selection: Selection) -> Tensor:
     """[B, S], bool: which tokens are selected."""
-    index = selection.index
+    index = selection.places
     valid = torch.ones_like(index, dtype=torch.bool) if selection.valid is None else selection.valid
     return torch.zeros(
         index.shape[0], selection.length, dtype=torch.bool, device=index.device
@@ -148,7 +151,7 @@ def compute(
     A block that returns a tuple keeps its other members. ``residual=False``: the block is a part of a layer, without
     the addition to the stream; what it contributes is r * f(X~) at the selected tokens and zero elsewhere.
     """
-    index, valid = selection.index, selection.valid
+    index, valid = selection.places, selection.valid
     with _marked(path):
         before, args, kwargs = call.at(selection, keys)
     result = block(*args, **kwargs)
@@ -195,7 +198,10 @@ def routed_forward(
     if cache is not None:
         return _with_cache(router, module, block, call, score, member, cache, residual)
     if torch.compiler.is_compiling():
-        return _in_buckets(router, block, call, score, member, residual)
+        if torch._dynamo.config.assume_static_by_default:
+            return _in_buckets(router, block, call, score, member, residual)
+        # dynamic=True makes every float of the block an input, which Dynamo cannot share between two branches.
+        return _on_host(router, block, call, score, member, residual)
     return _decide(router, block, call, score, member, residual)
 
 
@@ -221,14 +227,17 @@ def _in_buckets(router: Router, block: Any, call: Call, score: Tensor, member: T
     whole = ascending(member, length)
     if room == length:
         return compute(block, call, score, whole, router.path, residual=residual)
-    assert whole.valid is not None
-    few = Selection(whole.index[:, :room], whole.valid[:, :room], length)
+    index, valid = whole.places, whole.valid
+    assert valid is not None
 
     def cut() -> Tensor:
+        # Sliced in here: what a branch closes over must not share memory with what the other does.
+        few = Selection(index[:, :room], valid[:, :room], length)
         return _stream_of(compute(block, call, score, few, router.path, residual=residual), router.extra)
 
     def overflow() -> Tensor:
-        return _stream_of(compute(block, call, score, whole, router.path, residual=residual), router.extra)
+        every = Selection(index, valid, length)
+        return _stream_of(compute(block, call, score, every, router.path, residual=residual), router.extra)
 
     output = torch.cond(member.sum(1).max() <= room, cut, overflow, ())
     return (output, *[None] * router.extra) if router.extra else output
@@ -250,13 +259,18 @@ def _with_cache(
     """With a KV cache the number of rows written is data-dependent: decided on the host, the block as it is."""
     from fxopt.passes.mod_cache import routed_layer
 
-    number = next((int(m.layer_idx) for m in module.modules() if getattr(m, "layer_idx", None) is not None), None)
-    if number is None:
+    numbers: list[Any] = [m.layer_idx for m in module.modules() if getattr(m, "layer_idx", None) is not None]
+    if not numbers:
         raise ValueError(
             f"{type(module).__name__} is given a cache and has no layer_idx that says which of its layers."
         )
-    layer = routed_layer(cache, number, call.stream.shape[1])
+    layer = routed_layer(cache, int(numbers[0]), call.stream.shape[1])
     return _decide(router, block, call, score, member, residual, layer)
+
+
+@torch.compiler.disable
+def _on_host(router: Router, block: Any, call: Call, score: Tensor, member: Tensor, residual: bool) -> Any:
+    return _decide(router, block, call, score, member, residual)
 
 
 def _decide(
@@ -271,7 +285,7 @@ def _decide(
     assert selection.valid is not None
     keys = None
     if layer is not None:
-        positions = torch.where(selection.valid, selection.index + layer.seen, -1)
+        positions = torch.where(selection.valid, selection.places + layer.seen, -1)
         keys = layer.advance(positions, call.stream.shape[1])
     if not count:
         declined = call.stream if residual else torch.zeros_like(call.stream)
@@ -283,8 +297,8 @@ def _decide(
 
 def warn_untrained(router: Router) -> None:
     """One warning for a predictor that decides without having been trained."""
-    if not router.trained:
-        router.trained = True
+    if not router.trained and not router.warned:
+        router.warned = True
         warnings.warn(
             f"mixture of depths: the predictor of {router.path or 'a routed layer'} was never trained, so which tokens "
             "it computes in eval() is arbitrary. Add fxopt.passes.mod_reference.auxiliary_loss(model) to the training "

@@ -7,10 +7,12 @@ from fxopt.passes.technique import Technique
 ORDER: tuple[str, ...] = (
     "layer_skip",  # first: what is skipped need not be recognised, routed or packed by anyone after
     "mixture_of_depths",  # reads marks on the captured nodes: before the passes that replace nodes of a routed layer
+    "sparse_attention",  # before gqa_packing, which takes the same attentions: what is gathered needs no packing
     "gqa_packing",  # before cache_extent: only an unrepeated cache can be read up to a length
     "cache_extent",  # before async_softmax, whose kernels take the extent as an argument
     "async_softmax",
-    "early_exit",  # after every pass that looks for layers or attention: none of them looks into a branch of a conditional
+    "early_exit",  # after every pass that looks for layers or attention: none of them looks into a conditional's branch
+    "flat_gemm",  # last: its operators hide the residual additions by which the others know a layer
 )
 
 

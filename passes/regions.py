@@ -31,8 +31,8 @@ _ROW_NAMES = ("position", "rotary", "cos", "sin", "freq", "per_layer_input")
 class Selection(NamedTuple):
     """C of S tokens for each sequence: the selected ones in ascending order, then fillers."""
 
-    index: Tensor
-    """[B, C], int64: places in the sequence; no place twice in a row of the batch."""
+    places: Tensor
+    """[B, C], int64: where in the sequence; no place twice in a row of the batch."""
     valid: Tensor | None
     """[B, C], bool: which entries are selected tokens and no fillers; None when all are."""
     length: int
@@ -141,7 +141,7 @@ class Call:
         on the sequence in a way that is not understood.
         """
         given = self.mask
-        stream = rows(self.stream, selection.index)
+        stream = rows(self.stream, selection.places)
         args = [_cut(self.names[i], self.args[i], selection, keys) for i in range(1, len(self.args))]
         kwargs = {n: _cut(n, v, selection, keys) for n, v in self.kwargs.items() if n != self.stream_name}
         if keys is not None and given is None:
@@ -160,17 +160,17 @@ def _cut(name: str, value: Any, selection: Selection, keys: Keys | None) -> Any:
         return cut if isinstance(value, list) else tuple(cut)
     if not isinstance(value, Tensor) or value.ndim == 0 or "encoder" in name:
         return value
-    batch, length = selection.index.shape[0], selection.length
+    batch, length = selection.places.shape[0], selection.length
     if any(part in name for part in _MASK_NAMES) or (value.dtype == torch.bool and value.ndim == 4):
         return _cut_mask(value, selection, keys)
     along = value.ndim >= 2 and value.shape[1] == length and (value.shape[0] == 1 or value.shape[0] == batch)
     if any(part in name for part in _ROW_NAMES) and "cache" not in name:
         if along:
-            return rows(value, selection.index)
+            return rows(value, selection.places)
         if value.ndim == 4 and value.shape[2] == length:  # [1 | B, 1, S, D]
-            return rows(value.transpose(1, 2), selection.index).transpose(1, 2)
+            return rows(value.transpose(1, 2), selection.places).transpose(1, 2)
     elif along:
-        return rows(value, selection.index)
+        return rows(value, selection.places)
     if any(size == length for size in value.shape) and "cache" not in name and length != 1:
         raise SettingError(
             f"mixture of depths does not know how the argument {name or 'without a name'} "
@@ -181,7 +181,7 @@ def _cut(name: str, value: Any, selection: Selection, keys: Keys | None) -> Any:
 
 
 def _cut_mask(mask: Tensor, selection: Selection, keys: Keys | None) -> Tensor:
-    index, valid = selection.index, selection.valid
+    index, valid = selection.places, selection.valid
     if mask.ndim == 2:
         mask = rows(mask, index)
         return mask if valid is None else mask * valid
@@ -213,13 +213,13 @@ def _own_rows(count: int, width: int, device: torch.device) -> Tensor:
 
 def _own_mask(selection: Selection, keys: Keys) -> Tensor:
     """[B, 1, C, K], bool: causal by original place, within the window, nothing but written rows."""
-    queries = (selection.index + keys.start)[:, :, None]  # [B, C, 1]
+    queries = (selection.places + keys.start)[:, :, None]  # [B, C, 1]
     columns = keys.positions[:, None, :]  # [B, 1, K]
     visible = (columns >= 0) & (columns <= queries)
     if keys.window is not None:
         visible = visible & (queries - columns < keys.window)
     if selection.valid is not None:
-        own = _own_rows(selection.index.shape[1], keys.positions.shape[1], queries.device)
+        own = _own_rows(selection.places.shape[1], keys.positions.shape[1], queries.device)
         visible = torch.where(selection.valid[:, :, None], visible, own)
     return visible[:, None]
 

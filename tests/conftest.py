@@ -21,7 +21,6 @@ def _fresh():
     torch._dynamo.reset()
     fxopt.reporting.clear()
     fxopt.backend._reset_warnings()
-    yield
 
 
 @pytest.fixture

@@ -61,9 +61,7 @@ def attention(
             mask = mask.narrow(-1, 0, filled)
         length = filled
     if is_causal and tokens == length and mask is None and not soft_cap and sinks is None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, **({"enable_gqa": True} if group > 1 else {})
-        )
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
         return _laid_out(out)
     if is_causal:
         allowed = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril()

@@ -23,6 +23,9 @@ HEADS, KV_HEADS, WIDTH = 32, 8, 128
 class Decode(nn.Module):
     """Writes k, v [1, Hkv, 1, D] at position `at` [1] and attends from q [1, Hq, 1, D]; ``form`` says how."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, form: str, length: int, device: str) -> None:
         super().__init__()
         self.form = form
@@ -45,8 +48,8 @@ class Decode(nn.Module):
         else:  # as Hugging Face writes it
             group = HEADS // KV_HEADS
             shape = (1, KV_HEADS, group, keys.shape[2], WIDTH)
-            repeated = [x[:, :, None].expand(shape).reshape(1, HEADS, -1, WIDTH) for x in (keys, values)]
-            out = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask)
+            keys, values = (x[:, :, None].expand(shape).reshape(1, HEADS, -1, WIDTH) for x in (keys, values))
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return out.reshape(1, HEADS * WIDTH)
 
 

@@ -18,6 +18,8 @@ from fxopt.compiler import compile as fxopt_compile
 from fxopt.meaning import reference
 from fxopt.passes.layer_skip import LayerSkip
 
+PEERS = ("deleted, inductor", "fxopt layer_skip", "full, inductor")
+
 
 def run(*, device: str = "cpu", quick: bool = False, technique: str = "layer_skip") -> Result:
     """Prefill of 512 tokens and a decode step, every second layer skipped, against the deleted model under Inductor."""
@@ -39,7 +41,7 @@ def run(*, device: str = "cpu", quick: bool = False, technique: str = "layer_ski
         for case, prepare in (("prefill", _prefill), ("decode", _decode)):
             peers = [
                 Peer(name, *prepare(chosen, ids, prompt))
-                for name, chosen in (("deleted, inductor", deleted), ("fxopt layer_skip", model), ("full, inductor", full))
+                for name, chosen in zip(PEERS, (deleted, model, full), strict=True)
             ]
             check_equal(peers[:2], tolerance=1e-4)
             result.rows += measure(f"{case} {prompt}", peers, rounds=rounds, device=device, progress=step)

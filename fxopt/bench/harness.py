@@ -135,7 +135,8 @@ def check_equal(peers: Sequence[Peer], *, tolerance: float) -> None:
         error = (output.double() - reference.double()).abs().max().item()
         scale = reference.double().abs().max().item() + 1e-12
         if not error / scale <= tolerance:
-            raise AssertionError(f"{name} differs from {outputs[0][0]} by {error / scale:.2e} (allowed {tolerance:.0e})")
+            first = outputs[0][0]
+            raise AssertionError(f"{name} differs from {first} by {error / scale:.2e} (allowed {tolerance:.0e})")
 
 
 def measure(

@@ -69,7 +69,8 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
     for name, values in times.items():
         low, high = quartiles(values)
         median = sorted(values)[len(values) // 2]
-        row = Row(f"compile time, {layers} layers", name if name == "inductor" else "fxopt, untouched", median, low, high)
+        peer_name = name if name == "inductor" else "fxopt, untouched"
+        row = Row(f"compile time, {layers} layers", peer_name, median, low, high)
         if name == "fxopt":
             row.ratio, (row.ratio_low, row.ratio_high) = sorted(ratios)[len(ratios) // 2], quartiles(ratios)
         result.rows.append(row)

@@ -150,10 +150,11 @@ def _graph(graph: GraphRecord, index: int, strings: _Strings, left_out: set[str]
 
 
 def _techniques(graph: GraphRecord) -> list[list[Any]]:
-    """``[name, exact]`` of what ran or was told of, in the order of the passes."""
+    """``[name, exact]`` of what ran or was refused, in the order of the passes."""
     exact = {stage.name: stage.exact for stage in graph.stages[1:]}
     for remark in graph.remarks:
-        exact.setdefault(remark.technique, True)
+        if remark.status != "analysis":
+            exact.setdefault(remark.technique, True)
     return [[name, value] for name, value in exact.items()]
 
 

@@ -16,7 +16,7 @@ function shortName(name) {
   if (!/_modules_|_parameters_|_buffers_/.test(name)) return name;
   const path = name.replace(/^.*?_(?=modules_|parameters_|buffers_)/, "").replace(/^(modules|parameters|buffers)_/, "")
     .replace(/_(modules|parameters|buffers)_/g, ".").replace(/_+$/, "");
-  return path.split(".").slice(-4).join(".");
+  return path.split(".").slice(-5).join(".");
 }
 const shortArgs = args => args.replace(/\b[A-Za-z_]\w*_(?:modules|parameters|buffers)_\w+/g, shortName);
 
@@ -151,6 +151,35 @@ function hunks(lines, around) {
     else if (out.length && out[out.length - 1].hidden) out[out.length - 1].hidden.push(line);
     else out.push({ hidden: [line] });
   });
+  return out;
+}
+
+/** Changes that were shown before, in another layer, as one {again, places, entries} with the gaps between them. */
+function foldRepeats(entries) {
+  const groups = [];
+  for (const entry of entries) {
+    const last = groups[groups.length - 1];
+    if (entry.hidden || !last || last[0].hidden) groups.push([entry]);
+    else last.push(entry);
+  }
+  const seen = new Set(), out = [];
+  let again = null;
+  for (const group of groups) {
+    const bare = text => text.replace(/\d+/g, "#");
+    const key = group.map(l => [l.kind, l.left && l.left.target, l.right && l.right.target, bare((l.left || l.right).module)].join()).join("|");
+    if (group[0].hidden && again) again.entries.push(group[0]);
+    else if (!group[0].hidden && seen.has(key)) {
+      if (!again) out.push(again = { again: 0, places: [], entries: out.length && out[out.length - 1].hidden ? [out.pop()] : [] });
+      again.again += 1;
+      again.places.push((group.find(l => l.kind !== "same").left || group.find(l => l.kind !== "same").right).module);
+      again.entries.push(...group);
+    } else {
+      if (again && again.entries[again.entries.length - 1].hidden) out.push(again.entries.pop());
+      again = null;
+      seen.add(key);
+      out.push(...group);
+    }
+  }
   return out;
 }
 

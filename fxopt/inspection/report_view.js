@@ -75,7 +75,7 @@ function stripOf(graph, strip) {
       el("span.quiet", {}, odd.length ? `, ${odd.length} differ: ${odd.slice(0, 12).join(", ")}${odd.length > 12 ? ", ..." : ""}` : ", all alike")]
     : [strip.runs[0].label];
   const techniques = graph.techniques.filter(([name]) => strip.path || strip.runs.some(r => r.cells[name]));
-  const grid = el("div.strip", { style: `grid-template-columns:minmax(7rem,max-content) ${sizes.join(" ")}`, role: "table" },
+  const grid = el("div.strip", { style: `grid-template-columns:max-content ${sizes.join(" ")}`, role: "table" },
     strip.path && [el("span", {}), strip.runs.map(run => el("span.axis", {}, run.label, run.paths.length > 1 && el("b", {}, ` ×${run.paths.length}`)))],
     techniques.map(([name, exact]) => [
       el("span.name", {}, el("b", { title: exact ? "exact" : "approximate" }, exact ? "= " : "~ "), name),
@@ -172,7 +172,7 @@ function passDetails(graph, stage, longest) {
 function differenceTable(graph, stage) {
   const body = el("div.diff", { role: "table", "aria-label": `what ${stage.name} changed` },
     el("div.line.headline", {}, el("span", {}, "before"), el("span", {}, `after ${stage.name}`)));
-  const entries = hunks(alignedRows(graph, stage.index), 1);
+  const entries = foldRepeats(hunks(alignedRows(graph, stage.index), 1));
   const AT_ONCE = 300;
   let next = 0, module = null;
   const more = el("button.more", { type: "button", onclick: () => draw() });
@@ -182,19 +182,35 @@ function differenceTable(graph, stage) {
     const label = { same: "", changed: "~", moved: "↕", removed: "−", added: "+", replaced: "±" }[line.kind];
     body.append(el("div.line." + line.kind, { "data-mark": label }, side(graph, line.left, "minus"), side(graph, line.right, "plus")));
   };
+  const fold = (text, fill) => {
+    const button = el("button.gap", { type: "button", onclick: () => {
+      const before = button.previousSibling;
+      button.remove();
+      module = null;
+      const kept = [];
+      while (body.lastChild !== before) { kept.unshift(body.lastChild); body.lastChild.remove(); }
+      fill();
+      body.append(...kept);
+    } }, text);
+    module = null;
+    body.append(button);
+  };
+  const drawEntry = entry => {
+    if (entry.again) {
+      const ends = [...new Set(entry.places)];
+      fold(`the same change ${entry.again} more ${entry.again === 1 ? "time" : "times"}: ${ends.slice(0, 2).join(", ")}${ends.length > 3 ? ", ..." : ""}${ends.length > 2 ? ", " + ends[ends.length - 1] : ""}`,
+        () => entry.entries.forEach(drawEntry));
+    } else if (entry.hidden) {
+      fold(`${plural(entry.hidden.length, "node")} unchanged`, () => {
+        entry.hidden.slice(0, 400).forEach(drawLine);
+        if (entry.hidden.length > 400) body.append(el("div.where", {}, `${number(entry.hidden.length - 400)} more unchanged nodes: see the module tree`));
+      });
+    } else drawLine(entry);
+  };
   const draw = () => {
     more.remove();
     const end = Math.min(entries.length, next + AT_ONCE);
-    for (; next < end; next++) {
-      const entry = entries[next];
-      if (!entry.hidden) { drawLine(entry); continue; }
-      module = null;
-      const gap = el("button.gap", { type: "button", onclick: () => {
-        gap.replaceWith(...entry.hidden.slice(0, 400).map(l => el("div.line.same", {}, side(graph, l.left, ""), side(graph, l.right, ""))),
-          ...(entry.hidden.length > 400 ? [el("div.where", {}, `${number(entry.hidden.length - 400)} more unchanged nodes: see the module tree`)] : []));
-      } }, `${plural(entry.hidden.length, "node")} unchanged`);
-      body.append(gap);
-    }
+    for (; next < end; next++) drawEntry(entries[next]);
     if (next < entries.length) { more.textContent = `show ${number(entries.length - next)} more lines`; body.append(more); }
   };
   draw();
@@ -203,8 +219,9 @@ function differenceTable(graph, stage) {
 
 function side(graph, node, kind) {
   if (!node) return el("span.side.empty", {});
-  return el("span.side" + (kind ? "." + kind : ""), {}, nodeLink(graph, node), ` = ${node.target}(${clip(shortArgs(node.args), 90)})`, shapeOf(node));
+  return el("span.side" + (kind ? "." + kind : ""), {}, nodeLink(graph, node), callOf(node, 90), shapeOf(node));
 }
+const callOf = (node, most) => (/placeholder|get_attr/.test(node.op) ? "" : ` = ${node.target}(${clip(shortArgs(node.args), most)})`);
 const shapeOf = node => (node.shape || node.dtype ? el("span.shape", {}, ` ${node.dtype}[${node.shape}]`) : "");
 const clip = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
 
@@ -276,4 +293,4 @@ function folder(graph, table, path, count, note) {
     () => el("div.indent", {}, branch(graph, table, path)));
 }
 
-const nodeLine = (graph, node) => el("div.node", {}, nodeLink(graph, node), ` = ${node.target}(${clip(shortArgs(node.args), 120)})`, shapeOf(node));
+const nodeLine = (graph, node) => el("div.node", {}, nodeLink(graph, node), callOf(node, 120), shapeOf(node));

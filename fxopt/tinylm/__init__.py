@@ -39,7 +39,7 @@ def load(dtype: Any = None, folder: str | Path | None = None) -> tuple[Any, Any]
     if missing:
         raise FileNotFoundError(
             f"{path} has no {', '.join(missing)}; "
-            f"train the model with examples/train_tinylm.py --minutes 104 --out {path}"
+            f"train the model with examples/train_tinylm.py --minutes 110 --out {path}"
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)

@@ -44,22 +44,18 @@ def sample(model: Any, tokenizer: Any, prompt: str = SIGNATURE, tokens: int = 12
 
 
 def measure(
-    model: Any, tokenizer: Any, text: str, long: int = 4096, questions: int = 50, show: bool = True
+    model: Any, tokenizer: Any, text: str, long: int = 4096, questions: int = 30, show: bool = True
 ) -> dict[str, Any]:
     """All metrics on a held-out text: quality at context 512 and `long` on the same bytes, exits, needles, a sample."""
     from fxopt import scoring
 
     data = text.encode("utf-8")
     exits = scoring.exit_scores(model, tokenizer, text, 512, show=show)
-    needles = {
-        context: needle_accuracy(
-            model,
-            scoring.progress(
-                needle_task(tokenizer, text, context, questions), questions, f"needles, context {context}", show
-            ),
-        )
-        for context in (512, long)
-    }
+    needles = []
+    for context, lines in ((512, 1), (1024, 1), (2048, 1), (long, 1), (long, 4)):
+        task = needle_task(tokenizer, text, context, questions, needles=lines)
+        shown = scoring.progress(task, questions, f"{lines} needles, context {context}", show)
+        needles.append({"context": context, "needles": lines, "found": needle_accuracy(model, shown)})
     return {
         "bytes": len(data),
         "heldout_sha256": hashlib.sha256(data).hexdigest(),
@@ -69,6 +65,6 @@ def measure(
         f"bits_per_byte_{long}": scoring.bits_per_byte(model, tokenizer, text, long, show=show),
         "bits_per_byte_slice": scoring.bits_per_byte(model, tokenizer, data[:QUICK_BYTES].decode("utf-8", "ignore")),
         "exits": [{"depth": e.depth, "bits_per_byte": e.bits_per_byte, "agreement": e.agreement} for e in exits],
-        "needles": {str(context): share for context, share in needles.items()},
+        "needles": needles,
         "sample": sample(model, tokenizer),
     }

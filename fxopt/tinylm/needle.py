@@ -46,7 +46,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(encoded.ids if hasattr(encoded, "ids") else encoded)
 
 
-def make_needle(tokenizer: Any, filler: Sequence[int], context: int, seed: int, needles: int = 4) -> Needle:
+def make_needle(tokenizer: Any, filler: Sequence[int], context: int, seed: int, needles: int = 1) -> Needle:
     """One prompt of the task.
 
     `filler` holds the token ids of the haystack and is read from a place chosen by `seed`. `context` counts tokens,
@@ -81,7 +81,7 @@ def make_needle(tokenizer: Any, filler: Sequence[int], context: int, seed: int, 
 
 
 def needle_task(
-    tokenizer: Any, filler: str, context: int, count: int, seed: int = 0, needles: int = 4
+    tokenizer: Any, filler: str, context: int, count: int, seed: int = 0, needles: int = 1
 ) -> Iterator[Needle]:
     """`count` prompts of `context` tokens over the text `filler`, the same for the same seed."""
     ids = _encode(tokenizer, filler)
@@ -89,14 +89,20 @@ def needle_task(
         yield make_needle(tokenizer, ids, context, seed * 1_000_003 + index, needles)
 
 
-def planted(tokenizer: Any, filler: Sequence[int], length: int, rng: random.Random, share: float = 0.4) -> list[int]:
-    """A training sequence of `length` ids: filler with needles, each asked for again later; about `share` of it is
-    planted.
+def planted(
+    tokenizer: Any,
+    filler: Sequence[int],
+    length: int,
+    rng: random.Random,
+    share: float = 0.4,
+    spans: float = 1 / 3,
+) -> list[int]:
+    """A training sequence of `length` ids: filler with needles, each asked for again; about `share` of it is planted.
 
-    One sequence in three repeats a stretch of the filler word for word instead, which is the natural form of a long-
-    range copy.
+    A part `spans` of the sequences repeats a stretch of the filler word for word instead, which is the natural form of
+    a long-range copy.
     """
-    if rng.random() < 1 / 3:
+    if rng.random() < spans:
         span = rng.randrange(16, max(17, length // 4))
         hay = list(filler[: length - span])
         start = rng.randrange(max(1, len(hay) - span))

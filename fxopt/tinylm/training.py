@@ -42,8 +42,8 @@ class Recipe:
     repeated: Schedule = ((0.0, 0.0), (0.54, 0.08), (0.64, 0.25), (0.82, 0.4))
     """Share of the sequences that repeat shuffled tokens, of which only the repetition is scored."""
     planted: Schedule = ((0.0, 0.1), (0.44, 0.2), (0.64, 0.25), (0.82, 0.4))
-    """Share of the sequences with planted copies; at least 0.4 of the long ones, 0.5 in the last phase."""
-    rates: Schedule = ((0.0, 1.0), (0.81, 0.19), (0.82, 0.3), (0.94, 0.25), (1.0, 0.02))
+    """Share of the sequences with planted copies; at least 0.4 of the long ones, 0.9 in the last phase."""
+    rates: Schedule = ((0.0, 1.0), (0.81, 0.19), (0.82, 0.3), (0.96, 0.25), (1.0, 0.02))
     """Learning rates over the training, piecewise linear, after the warm-up."""
     seed: int = 0
     growth: Schedule = ((0.0, 3), (0.12, 6), (0.28, 9), (0.4, 12))
@@ -228,6 +228,7 @@ class Muon:
             updates = []
             for index in members:
                 grad, buffer = self.parameters[index].grad, self.buffers[index]
+                assert grad is not None
                 buffer.lerp_(grad, 1 - self.momentum)
                 updates.append(grad.lerp(buffer, self.momentum))
             scale = max(1.0, shape[0] / shape[1]) ** 0.5

@@ -8,10 +8,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-import fxopt
-from fxopt import evaluation, scoring
-from fxopt.evaluation import Row, Table, evaluate, load_model
-from fxopt.scoring import Divergence, bits_per_byte, decode_logits, exit_scores, force, windows
+import fxopt  # noqa: E402
+from fxopt import evaluation, scoring  # noqa: E402
+from fxopt.evaluation import Row, Table, evaluate, load_model  # noqa: E402
+from fxopt.scoring import Divergence, bits_per_byte, decode_logits, exit_scores, force, windows  # noqa: E402
 
 TEXT = "def add(first, second):\n    return first + second  # ünïcode → ok\n\n" * 12
 

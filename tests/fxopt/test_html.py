@@ -152,6 +152,20 @@ def test_pass_expands_to_a_side_by_side_difference(made_up, browser, tmp_path):
     browser.wait("document.querySelectorAll('.diff .line.same').length > 50")
 
 
+def test_the_same_change_in_other_layers_is_folded(made_up, browser, tmp_path):
+    browser.open(made_up().to_html(tmp_path / "r.html"), "g0.s2")
+    browser.wait("document.querySelectorAll('.diff .line.replaced').length === 1")
+    gap = "[...document.querySelectorAll('.gap')].find(b => b.textContent.startsWith('the same change'))"
+    text = browser.js(f"{gap}.textContent")
+    places = "model.layers.1.self_attn, model.layers.2.self_attn, ..., model.layers.31.self_attn"
+    assert text == f"the same change 29 more times: {places}"
+    browser.js(f"{gap}.click()")
+    browser.wait("document.querySelectorAll('.diff .line.replaced').length === 30")
+    modules = browser.js("[...document.querySelectorAll('.diff .where')].map(w => w.textContent)")
+    numbers = [int(m.split(".")[2]) for m in modules if m.endswith("self_attn")]
+    assert numbers == sorted(numbers) and numbers[-1] == 31
+
+
 def test_deep_link_opens_a_folded_pass(made_up, browser, tmp_path):
     path = made_up().to_html(tmp_path / "r.html")
     browser.open(path, "g0.s2")

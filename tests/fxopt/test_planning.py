@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import fxopt
 from fxopt import LayerSkip, SettingError
+from fxopt.inspection import places
 from fxopt.testing import TINY, Handwritten
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8, 61]])
@@ -111,3 +114,25 @@ def test_a_failing_model_leaves_no_record():
     with pytest.raises(Exception, match=r"size|shape|mat"):
         fxopt.plan(Failing(), inputs=(torch.zeros(2, 4),))
     assert fxopt.reports() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "t5"])
+def test_every_remark_says_where_and_every_node_has_a_descent(name):
+    report = fxopt.plan(TINY[name](), LayerSkip(skip=(1,)), inputs=None)
+    for graph in report.graphs:
+        table = graph.rows(len(graph.stages) - 1)
+        assert all(row.id >= 0 and row.origins for row in table)
+        for remark in graph.remarks:
+            if remark.status in ("missed", "blocked"):
+                assert remark.path and (remark.source or places.source_of(graph, remark.path)), remark
+
+
+def test_a_record_keeps_no_weights_alive():
+    model = nn.Sequential(nn.Linear(4, 4))
+    weight = weakref.ref(model[0].weight)
+    report = fxopt.plan(model, inputs=(torch.zeros(2, 4),))
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert weight() is None and report.graphs[0].nodes_before > 1

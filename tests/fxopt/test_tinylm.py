@@ -14,8 +14,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from fxopt import scoring, tinylm
-from fxopt.tinylm import corpus, metrics, needle
+from fxopt import scoring, tinylm  # noqa: E402
+from fxopt.tinylm import corpus, metrics, needle  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_tinylm.py"
 
@@ -93,7 +93,7 @@ def test_a_needle_prompt_is_exact_and_repeatable(shipped):
         assert prompt.endswith(f"\nKEY {question.key}")
         assert tokenizer.decode(question.answer_ids) == f" {question.value}"
     with pytest.raises(ValueError, match="use at least"):
-        needle.make_needle(tokenizer, first[0].input_ids, 30, 0)
+        needle.make_needle(tokenizer, first[0].input_ids, 9, 0)
     with pytest.raises(ValueError, match="longer text"):
         needle.make_needle(tokenizer, first[0].input_ids, 4096, 0)
 
@@ -103,8 +103,8 @@ def test_planted_sequences_repeat_something(shipped):
     for seed in range(20):
         ids = needle.planted(shipped[1], filler, 400, random.Random(seed))
         assert len(ids) == 400
-        pieces = {tuple(ids[i : i + 6]) for i in range(395)}
-        assert len(pieces) < 395
+        pieces = {tuple(ids[i : i + 4]) for i in range(397)}
+        assert len(pieces) < 397
 
 
 def test_missing_or_misshapen_weights(tmp_path):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fxopt
-import fxopt.passes.mask_structure  # noqa: F401  (registers the pass)
-import fxopt.passes.gqa_packing  # noqa: F401, I001
-import fxopt.passes.cache_extent  # noqa: F401
+import fxopt.passes.cache_extent
+import fxopt.passes.gqa_packing
+import fxopt.passes.mask_structure
 from fxopt.passes.attention import find_attentions
 from fxopt.passes.kv import cache_of
 from fxopt.testing import TINY, capture, capture_generate, inputs_for

@@ -28,15 +28,14 @@ def made(name, training, batch=2, length=12, **fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("training", "dynamic"), [(True, True), (True, False), (False, None)])
 def test_compiled_is_eager(eager_lowering, name, training, dynamic):
     model, inputs = made(name, training, length=20)
     with torch.no_grad():
         fxopt.compile(model, dynamic=dynamic, strict=True)
         torch.testing.assert_close(model(**inputs).logits, model.forward(**inputs).logits, rtol=1e-4, atol=1e-4)
-        if dynamic:
+        if dynamic is not False:
             longer = inputs_for(name, model, length=31)
             found = model(**longer).logits
             torch.testing.assert_close(found, model.forward(**longer).logits, rtol=1e-4, atol=1e-4)
@@ -145,3 +144,22 @@ def test_caches_that_cannot_leave_rows_out_are_refused():
 def test_only_decoders_are_routed(name, says):
     with pytest.raises(SettingError, match=says):
         MixtureOfDepths(0.5)(TINY[name]())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_parts_step_by_step_and_compiled(eager_lowering, part):
+    from transformers import DynamicCache
+
+    model, inputs = made("llama", training=False, length=13, part=part)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        cache = DynamicCache(config=model.config)
+        steps = [(0, 5), (5, 8), *((i, i + 1) for i in range(8, 13))]
+        found = [model(input_ids=ids[:, a:b], past_key_values=cache).logits for a, b in steps]
+        torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
+        fxopt.compile(model, strict=True)
+        torch.testing.assert_close(model(**inputs).logits, whole, rtol=1e-4, atol=1e-4)
+    (remark,) = [r for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"]
+    assert remark.message == "its predictor decides: room for 9 of 13 tokens, all of them on overflow"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 import pickle
+import runpy
 import warnings
 
 import pytest
@@ -14,6 +16,7 @@ import fxopt
 from fxopt import SettingError
 from fxopt.passes.mixture_of_depths import MixtureOfDepths, unroute
 from fxopt.passes.mod_reference import auxiliary_loss, members, routers, top_tokens, watching
+from fxopt.passes.provenance import module_path
 from fxopt.testing import TINY, Handwritten, capture, inputs_for
 
 B, S = 2, 12
@@ -102,19 +105,19 @@ def test_exactly_c_tokens_with_ties_and_without_padding():
     score = torch.zeros(3, 9)
     score[1, 4:] = 1.0
     chosen = top_tokens(score, 4)
-    assert chosen.index.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+    assert chosen.places.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
     real = torch.ones(3, 9, dtype=torch.bool)
     real[0, :3] = False
     real[2, 2:] = False
     chosen = top_tokens(score, 4, real)
     assert members(chosen).sum(1).tolist() == [4, 4, 2]
     assert not (members(chosen) & ~real).any()
-    assert chosen.index[0].tolist() == [3, 4, 5, 6]
+    assert chosen.places[0].tolist() == [3, 4, 5, 6]
 
 
 def test_the_order_in_which_tokens_were_found_does_not_matter():
     score = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
-    found = top_tokens(score, 7).index
+    found = top_tokens(score, 7).places
     assert torch.equal(found, found.sort(1).values)
     assert torch.equal(found, score.topk(7, sorted=False).indices.sort(1).values)
     assert found.max() > 7  # scattered over the sequence, not only its beginning
@@ -158,7 +161,7 @@ def test_rotary_positions_are_the_original_ones():
     layer, router = model.model.layers[1], routers(model)["model.layers.1"]
     x = torch.randn(1, S, 64)
     tables = model.model.rotary_emb(x, position_ids=torch.arange(S)[None])
-    chosen = top_tokens(router(x), 6).index
+    chosen = top_tokens(router(x), 6).places
     assert chosen[0].tolist() != list(range(6))
     here = torch.stack([x[0, chosen[0]]])
     cut = tuple(t[:, chosen[0]] for t in tables)
@@ -379,9 +382,9 @@ def products(graph):
     for node in graph.nodes:
         if getattr(node.target, "__name__", "") != "linear" or node.meta["example_value"].shape[-1] < 2:
             continue
-        path = str(node.meta.get("nn_module_stack", ""))
+        path = f"{module_path(node)}."
         for layer in found:
-            if f"layers[{layer}]" in path:
+            if f"layers.{layer}." in path and "router" not in path:
                 found[layer].add(int(node.meta["example_value"].shape[1]))
     return found
 
@@ -410,11 +413,24 @@ def test_compiled_training_step_is_the_eager_one(eager_lowering, dynamic):
     assert dynamic or remark.message == "6 of 12 tokens are computed"
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_eval_of_any_length(eager_lowering, dynamic):
+    """Under dynamic=True Dynamo cannot trace a block twice; the choice is then made on the host."""
+    model, _ = made(training=False)
+    fxopt.compile(model, dynamic=dynamic, strict=True)
+    with torch.no_grad():
+        for length in (12, 19, 26):
+            ids = inputs_for("handwritten", model, length=length)["ids"]
+            torch.testing.assert_close(model(ids), model.forward(ids), rtol=1e-5, atol=1e-5)
+    codes = {r.code for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"}
+    assert ("FX604" in codes) == bool(dynamic)
+    assert dynamic or len(fxopt.report(model).graphs) == 2
+
+
 @pytest.mark.parametrize("negated", [False, True])
 def test_compiled_eval_has_room_and_a_way_out(eager_lowering, negated):
     model, inputs = made(training=False, capacity=0.25)
     with torch.no_grad():
-        routers(model)["layers.1"].forward  # noqa: B018
         weight = routers(model)["layers.1"].weight
         x = model.embed(inputs["ids"]).mean((0, 1))
         weight.add_((10.0 if negated else -10.0) * x / x.norm())
@@ -444,3 +460,27 @@ def test_through_options_without_routers_it_says_what_to_write(eager_lowering):
     with pytest.warns(UserWarning, match=r"write MixtureOfDepths\(capacity=0.5\)\(model\)"):
         found = compiled(ids)
     assert torch.equal(found, model(ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+def test_through_inductor(training):
+    model, inputs = made(training=training, layers=(1,))
+    twin = copy.deepcopy(model)
+    fxopt.compile(model, strict=True)
+    if not training:
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs), twin(**inputs), rtol=1e-5, atol=1e-5)
+        return
+    for each in (model, twin):
+        (each(**inputs).square().mean() + auxiliary_loss(each)).backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_example_runs(eager_lowering, capsys):
+    path = pathlib.Path(__file__).parents[2] / "examples" / "mixture_of_depths.py"
+    runpy.run_path(str(path))["main"](layers=2, width=64, length=32, steps=1, rounds=1, dense_backend="eager")
+    printed = capsys.readouterr().out
+    assert "4 of 32 tokens are computed" in printed and "model.layers.1" in printed and "generated:" in printed

@@ -24,9 +24,9 @@ def causal(batch=1, heads=1):
 def test_members_come_first_and_ascending_and_fillers_after_them():
     member = torch.tensor([[0, 1, 0, 1, 0], [1, 1, 0, 1, 0]]).bool()
     found = ascending(member, 3)
-    assert found.index[0, :2].tolist() == [1, 3] and found.valid.tolist() == [[True, True, False], [True, True, True]]
-    assert found.index[1].tolist() == [0, 1, 3]
-    assert len({*found.index[0].tolist()}) == 3
+    assert found.places[0, :2].tolist() == [1, 3] and found.valid.tolist() == [[True, True, False], [True, True, True]]
+    assert found.places[1].tolist() == [0, 1, 3]
+    assert len({*found.places[0].tolist()}) == 3
 
 
 def test_rotary_tables_and_positions_are_taken_at_the_original_places():

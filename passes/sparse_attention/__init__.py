@@ -1,0 +1,229 @@
+"""Sparse attention: in decode steps each head reads a chosen part of the KV cache instead of all of it.
+
+    attention(query, keys, values, mask)                          # one new token, S keys
+becomes
+    index = fxopt.window_positions(keys, mask, ...)               # once for all layers that share the mask
+    fxopt.gathered_attention(query, keys, values, index, mask)    # reads K positions
+
+Prompts, chunks and verification of several tokens stay dense. One file a method: :mod:`.sink_window`;
+the meaning in plain PyTorch is :mod:`.reference`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx, nn
+
+from fxopt.passes import depth
+from fxopt.passes.attention import AttentionSite, find_attentions
+from fxopt.passes.attention_rewrite import earliest, records_gradients
+from fxopt.passes.context import PassContext
+from fxopt.passes.kv import base_of, cache_of, writes_to, written_between
+from fxopt.passes.layers import Layer
+from fxopt.passes.modules import module_stacks
+from fxopt.passes.nodes import same, value_of
+from fxopt.passes.sparse_attention import sink_window
+from fxopt.passes.sparse_attention.reference import attach
+from fxopt.passes.technique import SettingError, Technique, nearest
+
+METHODS = {"sink_window": sink_window}
+LATER = ("pages", "double_sparsity")
+
+
+@dataclass(frozen=True)
+class SparseAttention(Technique):
+    """Read a chosen part of the cache when decoding (approximate; ``fxopt.reference`` says what is computed).
+
+    Args:
+        method: ``"sink_window"``: the first `sinks` and the last `window` positions of each row (StreamingLLM, arXiv
+            2309.17453, positions as in the cache).
+        budget: how much of the cache a head reads: an int in tokens, sinks and newest included, or a float in (0, 1],
+            the share of the cache's length (its capacity, for a static cache).
+        sinks: first positions that are always read.
+        window: for ``"sink_window"``, the newest positions that are read, instead of `budget`.
+        min_length: caches filled with fewer positions are read in full; None is the method's own choice.
+        layers: 0-based indices of the layers it acts on, negative from the end; None is all.
+
+    Where the budget covers the filled cache the result is that of dense attention. Raises SettingError.
+    """
+
+    name: ClassVar[str] = "sparse_attention"
+    exact: ClassVar[bool] = False
+
+    method: str = "sink_window"
+    budget: int | float | None = None
+    sinks: int = 4
+    window: int | None = None
+    tau: float | None = None
+    min_length: int | None = None
+    layers: tuple[int, ...] | None = None
+    heads: Any = None
+    select: Any = None
+
+    def __post_init__(self) -> None:
+        for name, why in (
+            ("tau", "choosing by kept attention mass"),
+            ("heads", "settings for single heads"),
+            ("select", "a selection function of your own"),
+        ):
+            if getattr(self, name) is not None:
+                raise SettingError(
+                    f"SparseAttention({name}={getattr(self, name)!r}): {why} is not available in this version; leave "
+                    "it out."
+                )
+        if self.method in LATER:
+            raise SettingError(
+                f"SparseAttention(method={self.method!r}) is not available in this version; use "
+                "method='sink_window'."
+            )
+        if self.method not in METHODS:
+            raise SettingError(
+                f"SparseAttention(method={self.method!r}): allowed are {', '.join(map(repr, METHODS))}."
+                + nearest(self.method, METHODS)
+            )
+        _check_budget(self.budget)
+        _check_count("sinks", self.sinks, 0)
+        _check_count("window", self.window, 1, optional=True)
+        _check_count("min_length", self.min_length, 0, optional=True)
+        if self.layers is not None:
+            if not isinstance(self.layers, (tuple, list)) or not all(
+                isinstance(i, int) and not isinstance(i, bool) for i in self.layers
+            ):
+                raise SettingError(
+                    f"SparseAttention(layers={self.layers!r}): a tuple of layer indices such as (2, 3, -1), or None."
+                )
+            object.__setattr__(self, "layers", tuple(self.layers))
+            if not self.layers:
+                raise SettingError("SparseAttention(layers=()): names no layer. Leave it out to act on all of them.")
+        METHODS[self.method].check(self)
+
+    @property
+    def dense_below(self) -> int:
+        """Filled positions below which attention is dense."""
+        return METHODS[self.method].MIN_LENGTH if self.min_length is None else self.min_length
+
+    def chosen(self, count: int) -> frozenset[int]:
+        """Indices it acts on in a stack of `count` layers; raises SettingError for one that does not exist."""
+        if self.layers is None:
+            return frozenset(range(count))
+        for index in self.layers:
+            if not -count <= index < count:
+                raise SettingError(
+                    f"{self}: layer {index} does not exist; the stack has {count} layers, indices 0 to {count - 1} "
+                    f"or {-count} to -1."
+                )
+        return frozenset(index % count for index in self.layers)
+
+    # -- meaning ------------------------------------------------------------------------------------------------
+
+    def check(self, model: nn.Module) -> Technique:
+        if self.layers is not None:
+            for stack in module_stacks(model):
+                self.chosen(len(stack))
+        return self
+
+    def reference(self, model: nn.Module) -> nn.Module:
+        """`model` with its decode steps attending to the chosen positions, by a mask: the meaning, at no gain.
+
+        Needs attention that is a ``scaled_dot_product_attention`` call (``model.set_attn_implementation("sdpa")``).
+        """
+        if self.layers is None:
+            attach(model, self)
+            return model
+        for stack in module_stacks(model):
+            for index in self.chosen(len(stack)):
+                attach(stack.layers[index], self)
+        return model
+
+    # -- rewrite ------------------------------------------------------------------------------------------------
+
+    def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
+        """Replace the attention of every decode step on a cache."""
+        sites, near = find_attentions(graph)
+        for difference in near:
+            if context.covers(difference.node):
+                context.missed(difference.code, difference.node, difference.message)
+        numbers = self._numbers(context) if self.layers is not None else {}
+        shared: dict[Any, Any] = {}
+        method = METHODS[self.method]
+        for site in sites:
+            if not context.covers(site.output):
+                continue
+            if self.layers is not None:
+                chosen = numbers.get(site.output)
+                if chosen is None:
+                    context.missed("FX505", site.output, "the number of this layer is not known; compile the whole model")
+                    continue
+                if not chosen:
+                    context.note(site.output, "not one of the chosen layers: dense")
+                    continue
+            refusal = _refusal(site)
+            if refusal is not None:
+                status, code, message = refusal
+                (context.blocked if status == "blocked" else context.missed)(code, site.output, message)
+                continue
+            method.rewrite(site, self, context, shared)
+        method.finish(sites, self, context)
+
+    def _numbers(self, context: PassContext) -> dict[fx.Node, bool]:
+        """Whether each node's layer is one of those chosen; nodes of layers whose number is unknown are left out."""
+        found: dict[fx.Node, bool] = {}
+        assert self.layers is not None
+        for stack in context.structure.stacks:
+            if not depth.is_placed(stack):
+                continue
+            if depth.is_partial(stack, context.graph):
+                if any(i < 0 for i in self.layers):
+                    continue
+                chosen = frozenset(self.layers)
+            else:
+                chosen = self.chosen(1 + max(layer.index for layer in stack.layers))
+            found.update((node, layer.index in chosen) for layer in stack.layers for node in _nodes(layer))
+        return found
+
+
+def _nodes(layer: Layer) -> tuple[fx.Node, ...]:
+    return layer.nodes
+
+
+def _refusal(site: AttentionSite) -> tuple[str, str, str] | None:
+    if records_gradients(site):
+        return "blocked", "FX205", "gradients are recorded; attention stays exact while training"
+    if not (isinstance(site.tokens, int) and site.tokens == 1):
+        return "missed", "FX503", f"{site.describe()}: dense, as everything but a step of one new token"
+    cache = cache_of(site)
+    if cache.kind in ("none", "fixed"):
+        where = "computed in this step" if cache.kind == "none" else "inputs that the step does not extend"
+        return "missed", "FX208", f"keys and values are {where}; sparse attention reads a KV cache"
+    if site.is_causal:
+        return "missed", "FX203", "is_causal with one token lets it see the first key alone"
+    write = written_between((site.query, site.key, site.value), earliest(site), site.output)
+    if write is not None:
+        return "blocked", "FX206", f"{write.name} writes the cache while it is being attended to"
+    if not all(same(value_of(bias.node).shape[-1], site.length) for bias in site.biases):
+        return "missed", "FX203", "the mask has another length than the keys"
+    if writes_to(*(base_of(bias.node) for bias in site.biases)):
+        return "blocked", "FX206", "the mask is written in place"
+    return None
+
+
+def _check_budget(budget: Any) -> None:
+    if budget is None:
+        return
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    fits = number and (budget >= 1 if isinstance(budget, int) else math.isfinite(budget) and 0.0 < budget <= 1.0)
+    if not fits:
+        raise SettingError(
+            f"SparseAttention(budget={budget!r}): allowed are an int from 1 on (tokens) and a float in (0, 1] (share "
+            "of the cache), such as 256 or 1/16."
+        )
+
+
+def _check_count(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SettingError(f"SparseAttention({name}={value!r}): an int from {least} on, in tokens.")
