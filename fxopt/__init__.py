@@ -19,8 +19,13 @@ from fxopt.evaluation import evaluate  # noqa: E402
 from fxopt.meaning import reference  # noqa: E402
 from fxopt.passes.async_softmax import AsyncSoftmax  # noqa: E402
 from fxopt.passes.cache_extent import CacheExtent  # noqa: E402
+from fxopt.passes.early_exit import EarlyExit  # noqa: E402
+from fxopt.passes.flat_gemm import FlatGemm  # noqa: E402
 from fxopt.passes.gqa_packing import GqaPacking  # noqa: E402
 from fxopt.passes.layer_skip import LayerSkip  # noqa: E402
+from fxopt.passes.mask_structure import MaskStructure  # noqa: E402
+from fxopt.passes.mixture_of_depths import MixtureOfDepths  # noqa: E402
+from fxopt.passes.sparse_attention import SparseAttention  # noqa: E402
 from fxopt.passes.technique import PassError, SettingError, Technique  # noqa: E402
 from fxopt.planning import plan  # noqa: E402
 from fxopt.recipe import Recipe  # noqa: E402
@@ -33,12 +38,17 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncSoftmax",
     "CacheExtent",
+    "EarlyExit",
+    "FlatGemm",
     "GqaPacking",
     "LayerSkip",
+    "MaskStructure",
+    "MixtureOfDepths",
     "PassError",
     "Recipe",
     "Report",
     "SettingError",
+    "SparseAttention",
     "Technique",
     "compile",
     "evaluate",

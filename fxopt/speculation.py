@@ -44,8 +44,8 @@ def generate(model: nn.Module, input_ids: Tensor, draft: Technique | None = None
         )
     if hf_generate_kwargs.get("cache_implementation") not in (None, "dynamic", "dynamic_full"):
         raise SettingError(
-            f"cache_implementation={hf_generate_kwargs['cache_implementation']!r}: rejected drafts are taken back out of "
-            "the cache, which takes a dynamic one; leave it out."
+            f"cache_implementation={hf_generate_kwargs['cache_implementation']!r}: rejected drafts are "
+            "taken back out of the cache, which takes a dynamic one; leave it out."
         )
     technique = LayerSkip(speedup=2) if draft is None else draft
     if not isinstance(technique, Technique) or type(technique).exact:

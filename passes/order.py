@@ -8,6 +8,7 @@ ORDER: tuple[str, ...] = (
     "layer_skip",  # first: what is skipped need not be recognised, routed or packed by anyone after
     "mixture_of_depths",  # reads marks on the captured nodes: before the passes that replace nodes of a routed layer
     "sparse_attention",  # before gqa_packing, which takes the same attentions: what is gathered needs no packing
+    "mask_structure",  # before gqa_packing: a proven mask becomes is_causal while the attention is still the library's
     "gqa_packing",  # before cache_extent: only an unrepeated cache can be read up to a length
     "cache_extent",  # before async_softmax, whose kernels take the extent as an argument
     "async_softmax",

@@ -16,7 +16,7 @@ ORIGINS = "fxopt.origins"
 PASS = "fxopt.pass"
 
 _WRAPPER = re.compile(r"\.forward\.args\[0\]")
-_ROOT = re.compile(r"^L\[['\"](?:self|mod|fn|model)['\"]\](?:\._orig_mod)?\.?")
+_ROOT = re.compile(r"^[LG]\[['\"][^'\"]+['\"]\](?:\._orig_mod)?\.?")
 _INDEX = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 

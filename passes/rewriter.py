@@ -30,6 +30,8 @@ def writes_in_place(node: fx.Node) -> bool:
         if isinstance(node.target, torch._ops.OpOverload):
             return bool(node.target._schema.is_mutable)
         name = getattr(node.target, "__name__", "")
+        if name in ("and_", "or_", "not_", "is_"):  # of the operator module: the underscore avoids a keyword
+            return False
         if name in MUTATING_FUNCTIONS or node.kwargs.get("inplace") or "out" in node.kwargs:
             return True
         return name in ("_set_grad_enabled", "_log_api_usage_once", "_enter_autocast", "_exit_autocast") or (

@@ -3,8 +3,8 @@
     window_positions(key, mask, *, sinks, tokens, share) -> index          [B or 1, K]: sinks and the newest positions
     gathered_attention(query, key, value, index, mask, extent, sinks, *, scale, soft_cap, min_length) -> out
 
-query [B, Hq, 1, D], key [B, Hkv, S, D], value [B, Hkv, S, DV], out [B, Hq, 1, DV]. K is fixed by the shapes; where a row
-has fewer positions to offer, its list ends in -1. Softmax runs over the listed positions alone, with the mask applied
+query [B, Hq, 1, D], key [B, Hkv, S, D], value [B, Hkv, S, DV], out [B, Hq, 1, DV]. K is fixed by the shapes; where a
+query [B, Hq, 1, D], key [B, Hkv, S, D], value [B, Hkv, S, DV], out [B, Hq, 1, DV]. K is fixed by the shapes; a row
 to them; ``sinks`` are the logits some models add to the sum, as in ``fxopt.attention``.
 """
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from fxopt.codegen.ops import LIBRARY
 from fxopt.codegen.ops.attention import attention, pack_mask
 
-POSITIONS_SCHEMA = "window_positions(Tensor key, Tensor? mask=None, *, int sinks, int tokens=0, float share=0.0) -> Tensor"
+POSITIONS_SCHEMA = (
+    "window_positions(Tensor key, Tensor? mask=None, *, int sinks, int tokens=0, float share=0.0) -> Tensor"
+)
 ATTENTION_SCHEMA = (
     "gathered_attention(Tensor query, Tensor key, Tensor value, Tensor index, Tensor? mask=None, Tensor? extent=None, "
     "Tensor? sinks=None, *, float scale, float soft_cap=0.0, int min_length=0) -> Tensor"

@@ -166,7 +166,7 @@ function foldRepeats(entries) {
   let again = null;
   for (const group of groups) {
     const bare = text => text.replace(/\d+/g, "#");
-    const key = group.map(l => [l.kind, l.left && l.left.target, l.right && l.right.target, bare((l.left || l.right).module)].join()).join("|");
+    const key = group[0].hidden ? "" : group.map(l => [l.kind, l.left && l.left.target, l.right && l.right.target, bare((l.left || l.right).module)].join()).join("|");
     if (group[0].hidden && again) again.entries.push(group[0]);
     else if (!group[0].hidden && seen.has(key)) {
       if (!again) out.push(again = { again: 0, places: [], entries: out.length && out[out.length - 1].hidden ? [out.pop()] : [] });

@@ -155,7 +155,8 @@ class SparseAttention(Technique):
             if self.layers is not None:
                 chosen = numbers.get(site.output)
                 if chosen is None:
-                    context.missed("FX505", site.output, "the number of this layer is not known; compile the whole model")
+                    message = "the number of this layer is not known; compile the whole model"
+                    context.missed("FX505", site.output, message)
                     continue
                 if not chosen:
                     context.note(site.output, "not one of the chosen layers: dense")
