@@ -101,7 +101,7 @@ def trace_artifact(name: str, payload: Any) -> None:
     """Attach a JSON artifact to TORCH_TRACE; tlparse lists it. Costs nothing when tracing is off."""
     import json
 
-    from torch._logging import trace_structured
+    from torch._logging import trace_structured  # type: ignore[attr-defined]
 
     trace_structured(
         "artifact",
@@ -130,7 +130,7 @@ def on_generate_of_wrapped_model(notice: Any) -> None:
         return value
 
     __getattr__._fxopt_notice = notice  # type: ignore[attr-defined]
-    OptimizedModule.__getattr__ = __getattr__
+    OptimizedModule.__getattr__ = __getattr__  # type: ignore[method-assign]
 
 
 def constexpr_defaults(kernel_fn: Any) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def zeros_for(graph: fx.Graph) -> Callable[..., Any]:
     """A function with the inputs and outputs of `graph` that returns zeros (inputs that are outputs: themselves)."""
     places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     (result,) = graph.output_node().args
-    wanted = fx.map_arg(result, lambda n: _Output(places.get(n, -1), _shape(n)))
+    wanted = fx.map_arg(result, lambda n: _Output(places.get(n, -1), _shape(n)))  # type: ignore[arg-type, return-value]
 
     def answer(*inputs: Any) -> Any:
         return pytree.tree_map_only(
@@ -148,7 +148,7 @@ def _default_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
     if getattr(config, "image_size", None) and not getattr(text, "vocab_size", None):
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2  # type: ignore[union-attr]
         return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), *size, device=device)}
     if not getattr(text, "vocab_size", None):
         raise SettingError(

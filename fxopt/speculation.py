@@ -53,4 +53,4 @@ def generate(model: nn.Module, input_ids: Tensor, draft: Technique | None = None
     assistant = _drafts.setdefault(model, {}).get(technique.digest)
     if assistant is None:
         assistant = _drafts[model][technique.digest] = reference(model, technique)
-    return model.generate(input_ids, assistant_model=assistant, **hf_generate_kwargs)
+    return model.generate(input_ids, assistant_model=assistant, **hf_generate_kwargs)  # type: ignore[operator]

@@ -69,8 +69,8 @@ def tune(
         for number, window in enumerate(scoring.progress(todo, len(todo), "calibrating", show), start=done + 1):
             watched(input_ids=window.inputs[None].to(device), use_cache=False)
             if checkpoint is not None:
-                _recipe(model, ranges, asked[0], number).save(checkpoint)
-    return _recipe(model, ranges, asked[0], len(windows))
+                _recipe(model, ranges, asked[0], number).save(checkpoint)  # type: ignore[arg-type]
+    return _recipe(model, ranges, asked[0], len(windows))  # type: ignore[arg-type]
 
 
 def observed(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Any]:

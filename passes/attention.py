@@ -228,7 +228,7 @@ def unrepeated(node: fx.Node) -> fx.Node:
         return node
     inserted = expanded.args[0]  # type: ignore[union-attr]
     if name_of(inserted) == "unsqueeze":
-        fits = argument(inserted, 1, "dim") in (2, -3)
+        fits = argument(inserted, 1, "dim") in (2, -3)  # type: ignore[arg-type]
     else:
         everything = slice(None, None, None)
         index = inserted.args[1] if name_of(inserted) == "getitem" else ()  # type: ignore[union-attr]

@@ -56,7 +56,7 @@ def delete_layers(stack: ModuleStack, kept: Iterable[int]) -> None:
     for number, (old, layer) in enumerate(zip(kept, new, strict=True)):
         for module in layer.modules():
             if getattr(module, "layer_idx", None) == old:
-                module.layer_idx = number
+                module.layer_idx = number  # type: ignore[assignment]
     setattr(stack.owner, stack.name, new)
     config = getattr(stack.owner, "config", None)
     if config is not None:

@@ -149,8 +149,8 @@ class Epilogue:
         for step in self.steps:
             arguments = [values[a] if isinstance(a, str) else a for a in step.args]
             if step.op == "cast":
-                keeps = exact and arguments[0].is_floating_point()
-                values[step.name] = arguments[0] if keeps else arguments[0].to(getattr(torch, step.dtype))
+                keeps = exact and arguments[0].is_floating_point()  # type: ignore[union-attr]
+                values[step.name] = arguments[0] if keeps else arguments[0].to(getattr(torch, step.dtype))  # type: ignore[union-attr]
             else:
                 values[step.name] = OPERATIONS[step.op].torch(*arguments)
         return [values[o.value] if exact else values[o.value].to(getattr(torch, o.dtype)) for o in self.outputs]
@@ -293,7 +293,7 @@ def _translate(reader: _Reader, node: fx.Node, name: str | None, args: list[Any]
             raise refuse("dropout in training")
         return args[0]
     if name in ("add", "sub", "rsub") and "alpha" in kwargs:
-        args[1] = reader.add_step("mul", [args[1], float(kwargs.pop("alpha"))], origin)
+        args[1] = reader.add_step("mul", [args[1], float(kwargs.pop("alpha"))], origin)  # type: ignore[arg-type]
     if name == "rsub":
         name, args = "sub", args[::-1]
     if name == "gelu":
@@ -317,7 +317,7 @@ def _translate(reader: _Reader, node: fx.Node, name: str | None, args: list[Any]
             raise refuse("bounds that are tensors")
         result = args[0]
         for op, bound in (("clamp_min", low), ("clamp_max", high)):
-            result = result if bound is None else reader.add_step(op, [result, bound], origin)
+            result = result if bound is None else reader.add_step(op, [result, bound], origin)  # type: ignore[list-item]
         return result
     if name not in OPERATIONS:
         raise refuse(f"{node.target} is not a pointwise operation that an epilogue can hold")

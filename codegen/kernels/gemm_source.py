@@ -172,7 +172,7 @@ class Writer:
             "    squares = tl.zeros((ROWS, BLOCK), tl.float32)",
             "    for start in range(0, K, BLOCK):",
             "        value = tl.load(x_rows + start + k, mask=inside & (start + k < K), other=0.0).to(tl.float32)",
-            "        value = tl.where(start + k < K, value - mean, 0.0)" if layer else None,
+            "        value = tl.where(start + k < K, value - mean, 0.0)" if layer else None,  # type: ignore[list-item]
             "        squares += value * value",
             f"    return mean, tl.rsqrt(tl.sum(squares, axis=1)[:, None] / K + {norm.eps!r})",
         ]  # type: ignore[list-item]
@@ -193,7 +193,7 @@ class Writer:
     def _normalise(self, tile: str, mean: str, scale: str, squares: str) -> list[str]:
         """Lines that gather the statistic of a float32 tile [rows, BLOCK_K] and apply what may be applied now."""
         norm = self.fused.norm
-        lines = []
+        lines = []  # type: ignore[var-annotated]
         if norm is None:
             return lines
         if self.commutes:

@@ -63,7 +63,7 @@ def _prefill(model: nn.Module, ids: torch.Tensor, _prompt: int) -> Prepared:
 def _decode(model: nn.Module, ids: torch.Tensor, prompt: int) -> Prepared:
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_cache_len=prompt + 256)
+    cache = StaticCache(config=model.config, max_cache_len=prompt + 256)  # type: ignore[arg-type]
     model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     token = ids[:, -1:]
 
@@ -71,7 +71,7 @@ def _decode(model: nn.Module, ids: torch.Tensor, prompt: int) -> Prepared:
         # Rewound after each step, so that every round does the same work.
         logits = model(input_ids=token, past_key_values=cache).logits
         for layer in cache.layers:
-            layer.cumulative_length.fill_(prompt)
+            layer.cumulative_length.fill_(prompt)  # type: ignore[union-attr]
         return logits
 
     return call, call

@@ -33,7 +33,7 @@ def inspect(
         if source is not None and source.suffix == ".py":
             report = views.run_script(source, context.args)
         elif source is not None:
-            report = views.load(source)
+            report = views.load(source)  # type: ignore[assignment]
         else:
             _fail("inspect needs a saved report, or a script after --: fxopt inspect -- script.py args")
         shown: Any
@@ -46,7 +46,7 @@ def inspect(
         elif view == "diff":
             if other is None:
                 _fail("diff needs --other REPORT.json")
-            shown = views.diff(report, views.load(other))
+            shown = views.diff(report, views.load(other))  # type: ignore[arg-type]
         else:
             _fail(f"there is no view {view!r}: summary, why, diff, kernels, explain.")
         _show(shown, as_json)
