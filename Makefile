@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types fast test-oldest test-newest
+.PHONY: demo test test-slow lint types fast test-oldest test-newest
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,7 +15,10 @@ demo: $(VENV)/.ready
 	$(BIN)/fxopt demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 -m slow
 
 fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not slow'
