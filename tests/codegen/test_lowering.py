@@ -39,6 +39,9 @@ print("agreed")
 """
 
 
+@pytest.mark.xfail(strict=True,
+    reason="known fault: the kernel launched by decode_attention disagrees with its body; see docs/async_softmax.md",
+)
 def test_kernels_in_the_interpreter(tmp_path):
     root = pathlib.Path(__file__).resolve().parents[2]
     environment = os.environ | {
