@@ -39,8 +39,9 @@ print("agreed")
 """
 
 
-@pytest.mark.xfail(strict=False,
-    reason="fails now and then: kernel and body disagree, a read of unwritten memory is suspected; see docs/async_softmax.md",
+@pytest.mark.xfail(
+    strict=False,
+    reason="intermittent: kernel and body disagree, see docs/async_softmax.md",
 )
 def test_kernels_in_the_interpreter(tmp_path):
     root = pathlib.Path(__file__).resolve().parents[2]
