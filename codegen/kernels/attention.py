@@ -159,8 +159,11 @@ def decode_attention(
     if counter is None:
         counter = torch.zeros(2, dtype=torch.int64, device=q.device)
     flags = torch.empty((batch, kv_heads, desc.rows), dtype=torch.int32, device=q.device) if unified else None
+    # The kernels step through these one element at a time, whatever their strides are.
+    vectors = {"sinks": sinks, "slopes": slopes, "extent": extent}
+    arguments |= {name: None if given is None else given.contiguous() for name, given in vectors.items()}
     arguments |= partials._asdict() | {
-        "out": out, "flags": flags, "counter": counter, "sinks": sinks, "slopes": slopes, "extent": extent,
+        "out": out, "flags": flags, "counter": counter,
         "scale": scale, "length": length, "splits": splits, "kv_heads": kv_heads, "rows": batch * kv_heads * desc.rows,
     }  # fmt: skip
     tiles = config(desc)
