@@ -1,6 +1,7 @@
 """Train the small language model that ships with fxopt, on the source of the Python standard library.
 
-    python examples/train_tinylm.py --minutes 110 --out build/tinylm    # the shipped weights; go on with --resume
+    python examples/train_tinylm.py --minutes 110 --out build/tinylm    # the first training; go on with --resume
+    python examples/train_tinylm.py --minutes 90 --start build/tinylm --out build/long      # the second, long contexts
     python examples/train_tinylm.py --steps 2000 --out build/tinylm     # repeatable: the same weights for the same seed
     python examples/train_tinylm.py --quick --out build/quick           # a minute, to see that it works
     python examples/train_tinylm.py --evaluate                          # the metrics of the model card
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fxopt.tinylm import corpus
 from fxopt.tinylm.needle import planted
 from fxopt.tinylm.training import (
+    LONG,
     QUICK,
     HeadLoss,
     Muon,
@@ -52,8 +54,13 @@ from fxopt.tinylm.training import (
 # --- the text --------------------------------------------------------------------------------------------------------
 
 
-def prepare(recipe: Recipe, out: Path, limit: int | None = None) -> tuple[Any, np.ndarray]:
-    """The tokenizer and the training stream (uint16 ids, shuffled files, END between them), made once in `out`."""
+def prepare(
+    recipe: Recipe, out: Path, limit: int | None = None, start: Path | None = None
+) -> tuple[Any, np.ndarray]:
+    """The tokenizer and the training stream (uint16 ids, shuffled files, END between them), made once in `out`.
+
+    The tokenizer is trained on the same files, or is that of the model in `start`.
+    """
     from tokenizers import Tokenizer
 
     work = out / "work"
@@ -64,7 +71,10 @@ def prepare(recipe: Recipe, out: Path, limit: int | None = None) -> tuple[Any, n
     names = sorted(train)
     random.Random(recipe.seed).shuffle(names)
     names = names[:limit]
-    tokenizer = corpus.train_tokenizer({n: train[n] for n in names}, recipe.vocab)
+    if start is None:
+        tokenizer = corpus.train_tokenizer({n: train[n] for n in names}, recipe.vocab)
+    else:
+        tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
     corpus.save_tokenizer(tokenizer, out, 8192)
     end = tokenizer.token_to_id(corpus.END)
     ids: list[int] = [end]
@@ -117,14 +127,14 @@ class Feeder:
         length, share, spans = at(recipe.contexts, progress), at(recipe.planted, progress), 1 / 3
         if progress >= recipe.contexts[-1][0]:
             share, spans = 0.9, 0.1
-        elif progress > 0.4 and step % 8 == 0:
-            length, share = recipe.long, max(share, 0.4)
+        elif progress >= recipe.long_from and step % recipe.long_every == 0:
+            length, share = recipe.long, max(share, recipe.long_planted)
         rows, scored = [], []
         for _ in range(max(1, recipe.tokens // length)):
             ids = self.window(length, rng).astype(np.int64)
             counts = np.ones(length, dtype=np.float32)
             if rng.random() < share:
-                ids = np.array(planted(self.tokenizer, ids.tolist(), length + 1, rng, spans=spans), dtype=np.int64)
+                ids = np.array(planted(self.tokenizer, ids.tolist(), length + 1, rng, recipe.density, spans))
             elif rng.random() < at(recipe.repeated, progress) and (rows or recipe.tokens <= length):
                 period = rng.randrange(16, rng.choice((64, length // 4, length // 2)) + 1)
                 once = ids[:period].copy()
@@ -147,10 +157,14 @@ def choose_exit(depth: int, layers: int, rng: random.Random) -> int:
 class State:
     """What a training is made of, and its checkpoint."""
 
-    def __init__(self, recipe: Recipe, out: Path, limit: int | None) -> None:
+    def __init__(self, recipe: Recipe, out: Path, limit: int | None, start: Path | None = None) -> None:
         self.recipe, self.path = recipe, out / "work" / "checkpoint.pt"
-        self.tokenizer, stream = prepare(recipe, out, limit)
+        self.tokenizer, stream = prepare(recipe, out, limit, start)
         self.model = build(recipe)
+        if start is not None:
+            from safetensors.torch import load_model
+
+            load_model(self.model, start / "model.safetensors")
         named = dict(self.model.named_parameters())
         matrices = [n for n, p in named.items() if p.dim() == 2 and "layers" in n]
         self.rest = [p for n, p in named.items() if n not in matrices]
@@ -200,7 +214,7 @@ def train_step(state: State, trunk: Trunk, progress: float) -> None:
     positions = torch.arange(ids.shape[1] - 1)
     if rng.random() < at(recipe.gap, progress):
         cut = rng.randrange(len(positions) // 8, len(positions))
-        positions[cut:] += rng.randrange(recipe.contexts[-1][1] - len(positions) + 1)
+        positions[cut:] += rng.randrange(recipe.reach - len(positions) + 1)
     last, early = trunk(ids[:, :-1], positions, depth, dropped, exit_at)
     targets = ids[:, 1:].flatten()
     loss, full, exit_loss = HeadLoss.apply(
@@ -232,14 +246,15 @@ def train(
     compiled: bool = True,
     limit: int | None = None,
     stop_after: int | None = None,
+    start: Path | None = None,
 ) -> Any:
     """Train for a wall-clock time or a number of steps, and write the model, its tokenizer and texts to `out`.
 
-    `limit` takes only so many files. An interruption (SIGINT, SIGTERM, or `stop_after` steps) finishes the step and
-    saves a checkpoint.
+    `limit` takes only so many files; `start` is a folder whose weights and tokenizer the training starts from. An
+    interruption (SIGINT, SIGTERM, or `stop_after` steps) finishes the step and saves a checkpoint.
     """
     check_writable(out)
-    state = State(recipe, out, limit)
+    state = State(recipe, out, limit, start)
     if resume:
         state.resume()
     stopped: list[int] = []
@@ -363,6 +378,7 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="measure the shipped model, or the one in --out")
     parser.add_argument("--quick", action="store_true", help="a very small model and text, done in a minute")
     parser.add_argument("--out", type=Path, help="folder for the weights and the checkpoint")
+    parser.add_argument("--start", type=Path, help="start from the model in this folder, on long contexts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", action="store_true", help="train in eager PyTorch")
     args = parser.parse_args()
@@ -375,9 +391,10 @@ def main() -> None:
     steps = args.steps or (60 if args.quick and args.minutes is None else None)
     if (steps or args.minutes or 0) <= 0:
         parser.error("give --minutes or --steps, above zero")
-    recipe = QUICK if args.quick else Recipe()
+    recipe = QUICK if args.quick else Recipe() if args.start is None else LONG
     compiled = not (args.no_compile or args.quick)
-    train(recipe, args.out, args.minutes, steps, args.resume, compiled, limit=60 if args.quick else None)
+    limit = 60 if args.quick else None
+    train(recipe, args.out, args.minutes, steps, args.resume, compiled, limit=limit, start=args.start)
 
 
 if __name__ == "__main__":

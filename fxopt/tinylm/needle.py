@@ -109,7 +109,7 @@ def planted(
         at = rng.randrange(start + span, len(hay) + 1)
         return (hay[:at] + hay[start : start + span] + hay[at:])[:length]
     lines = [_encode(tokenizer, f"\nKEY {key} {value}\n") for key, value in pairs_of(rng, len(WORDS))]
-    size = rng.uniform(0.1, 2 * share - 0.1) * length
+    size = rng.uniform(0, 2 * share) * length
     times = [rng.randrange(2, 5) for _ in lines]
     count = 1
     while count < len(lines) and sum(t * len(line) for t, line in zip(times[:count], lines, strict=False)) < size:

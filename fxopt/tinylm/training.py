@@ -51,8 +51,26 @@ class Recipe:
     contexts: Schedule = ((0.0, 256), (0.5, 512), (0.88, 4096))
     """From which fraction of the training sequences are how long."""
     long: int = 2048
-    """The length of every eighth step between 0.4 of the training and the last phase."""
+    """The length of every `long_every`-th step between `long_from` of the training and the last phase."""
+    long_from: float = 0.4
+    long_every: int = 8
+    long_planted: float = 0.4
+    """Least share of the sequences of the long steps with planted copies."""
+    density: float = 0.4
+    """Mean part of a planted sequence that is planted lines."""
 
+    @property
+    def reach(self) -> int:
+        """The longest context of the training."""
+        return max(self.long, *(length for _, length in self.contexts))
+
+
+LONG = replace(
+    Recipe(), rates=((0.0, 0.3), (1.0, 0.01)), gap=((0.0, 0.2),), repeated=((0.0, 0.0),), planted=((0.0, 0.05),),
+    growth=((0.0, 12),), contexts=((0.0, 512), (1.0, 512)), long=4096, long_from=0.0, long_every=2, density=0.1,
+)  # fmt: skip
+"""The second training, from the weights of the first: every other step is one sequence of 4,096 tokens, and of these
+two in five hold a few needles in much text."""
 
 QUICK = replace(
     Recipe(), hidden=32, intermediate=64, layers=4, heads=4, kv_heads=1, head_dim=16, vocab=384, tokens=512,
@@ -129,7 +147,7 @@ class Trunk:
     def __init__(self, model: Any, recipe: Recipe, compiled: bool) -> None:
         self.model, self.recipe = model, recipe
         self.block = torch.compile(block, dynamic=False) if compiled else block
-        self.cos, self.sin = rope_tables(recipe, max(c for _, c in recipe.contexts))
+        self.cos, self.sin = rope_tables(recipe, recipe.reach)
         torch._dynamo.config.cache_size_limit = 32
 
     def __call__(
