@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pathlib
-import tempfile
 import threading
 import weakref
 from collections import deque
@@ -16,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.codegen import compat
+from fxopt.codegen.files import write_whole
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, KernelRecord, Remark, Stage
 from fxopt.passes.technique import SettingError, Technique, nearest
 
@@ -136,13 +136,13 @@ class Report:
 
     def to_json(self, path: str | os.PathLike[str]) -> pathlib.Path:
         """Write the report as JSON; returns the path."""
-        return write_text(path, json.dumps(self.to_dict(), indent=1, sort_keys=True, default=str) + "\n")
+        return write_whole(path, json.dumps(self.to_dict(), indent=1, sort_keys=True, default=str) + "\n")
 
     def to_html(self, path: str | os.PathLike[str]) -> pathlib.Path:
         """Write the report as one self-contained page; returns the path."""
         from fxopt.inspection.html import page
 
-        return write_text(path, page(self))
+        return write_whole(path, page(self))
 
     @classmethod
     def from_dict(cls, data: Any) -> Report:
@@ -256,21 +256,6 @@ def check_technique_name(name: str) -> str:
             f"{nearest(name, Technique.registry)}"
         )
     return name
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> pathlib.Path:
-    """Write a whole file or nothing: a temporary file beside it, then a rename."""
-    target = pathlib.Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
 
 
 def _environment() -> dict[str, str]:
