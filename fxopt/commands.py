@@ -56,12 +56,12 @@ def techniques_of(settings: list[str] | None) -> list[Technique]:
 @app.command(help=COMMANDS["demo"])
 def demo(
     model: Model = None,
-    tokens: Annotated[int, typer.Option(help="New tokens to generate.")] = 48,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to show.")] = 48,
 ) -> None:
     from fxopt import demonstration
 
     try:
-        demonstration.run(model, new_tokens=tokens)
+        demonstration.run(model, shown=tokens)
     except (SettingError, OSError, ImportError) as error:
         fail(str(error))
 

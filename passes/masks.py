@@ -25,6 +25,7 @@ _PURE = frozenset(
     "mod remainder truediv div le lt ge gt eq ne and_ or_ xor invert __and__ __or__ __invert__ bitwise_and bitwise_or "
     "bitwise_not logical_and logical_or logical_not where getitem cumsum diff expand expand_as unsqueeze squeeze view "
     "reshape transpose permute to bool long int float type contiguous clone tril triu masked_fill repeat any all abs "
+    "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ "
     "maximum minimum clamp cat stack broadcast_to t flatten size getattr finfo ceil floor log min max sum".split()
 )
 

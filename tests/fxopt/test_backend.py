@@ -13,6 +13,7 @@ import torch
 
 import fxopt
 from fxopt import LayerSkip
+from fxopt.codegen import compat
 from fxopt.testing import TINY, Handwritten
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8, 61]])
@@ -59,6 +60,10 @@ def test_skipping_through_inductor_equals_the_deleted_model():
     assert len(fxopt.report(model).graphs) == graphs, "a request of equal shapes recompiled"
 
 
+@pytest.mark.skipif(
+    compat.torch_version() < (2, 12),
+    reason="Inductor of torch 2.11 alone writes C++ that does not compile for a growing cache, on some CPUs",
+)
 def test_stand_ins_of_a_growing_cache_go_through_inductor():
     model = TINY["llama"]()
     technique = LayerSkip(skip=(0,))

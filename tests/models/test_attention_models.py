@@ -34,6 +34,9 @@ def build(name, form):
     model = TINY[name]()
     if name not in SDPA_ONLY:
         model.set_attn_implementation(form)
+        for module in model.modules():  # transformers 5.17 leaves out the configs that T5 copies for its stacks
+            if hasattr(module, "config"):
+                module.config._attn_implementation = form
     return model
 
 
