@@ -2,7 +2,8 @@
 
 This version calibrates (``goal=None``): for each attention module and KV head the range of its softmax inputs, and
 that of its row maxima, which :class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++,
-arXiv 2311.01282, section 3). Where phi then stands, and whether there is one at all, depends on the dtype and is decided in the pass.
+arXiv 2311.01282, section 3). Where phi then stands, and whether there is one, depends on the dtype and is decided
+in the pass.
 """
 
 from __future__ import annotations

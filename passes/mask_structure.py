@@ -7,18 +7,22 @@ which costs memory and rules the library's flash attention out:
 becomes
     scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
+A causal mask with a window, and a causal one of an attention with a soft-cap or sinks, have no name in the library:
+there ``fxopt.attention(q, k, v, is_causal=True, window=w)`` takes its place, which meets the keys block by block.
+
 Only a mask whose value follows from constants alone is touched; what an input decides stays a mask.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
 from fxopt.passes.attention import AttentionSite, find_attentions
-from fxopt.passes.attention_rewrite import earliest, library_attention, records_gradients
+from fxopt.passes.attention_rewrite import attend, earliest, library_attention, records_gradients
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import written_between
 from fxopt.passes.masks import MaskFacts, ancestors, facts_of
@@ -51,19 +55,24 @@ class MaskStructure(Technique):
         context.rewriter.erase(node for node in graph.nodes if node in made)
 
     def _replace(self, site: AttentionSite, mask: fx.Node, facts: MaskFacts, context: PassContext) -> None:
-        square = facts.kind == "causal" and facts.offset == 0 and site.tokens == site.length
+        square = facts.kind in ("causal", "window") and facts.offset == 0 and site.tokens == site.length
         if facts.kind != "full" and not square:
             context.missed("FX203", site.output, f"mask {mask.name}: {facts}; kept as a mask")
             return
-        if site.soft_cap or site.sinks is not None:
+        own = site.soft_cap or site.sinks is not None or facts.kind == "window"
+        if own and facts.kind == "full":
             what = "a soft-cap" if site.soft_cap else "sinks"
             context.missed("FX101", site.output, f"mask {mask.name}: {facts}; the library has no form with {what}")
             return
-        if site.form == "eager" and records_gradients(site):
-            context.blocked("FX205", site.output, "gradients are recorded through attention written out")
+        if (own or site.form == "eager") and records_gradients(site):
+            context.blocked("FX205", site.output, f"mask {mask.name}: {facts}; gradients are recorded, kept as a mask")
             return
         if written_between((site.query, *site.attended), earliest(site), site.output) is not None:
             context.blocked("FX206", site.output, "the cache is written while it is being attended to")
+            return
+        if own:
+            attend(dataclasses.replace(site, biases=(), is_causal=True, window=facts.window), context, None)
+            context.applied(site.output, f"mask {mask.name}: {facts}; only the keys it shows are read, block by block")
             return
         library_attention(site, context, is_causal=square)
         context.applied(site.output, f"mask {mask.name}: {facts}; handed to the library by name")

@@ -148,7 +148,7 @@ def _half_turned(node: Any) -> fx.Node | None:
 
 
 def _last_slice(node: fx.Node) -> Any:
-    index = node.args[1]
+    index: Any = node.args[1]
     return index[1] if isinstance(index, tuple) and len(index) == 2 and index[0] is Ellipsis else None
 
 
