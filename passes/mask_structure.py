@@ -39,19 +39,21 @@ class MaskStructure(Technique):
 
     def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
         """Say of every mask what it hides, and drop those that the library knows by name."""
-        known: dict[fx.Node, MaskFacts] = {}
+        known: dict[tuple[fx.Node, bool], MaskFacts] = {}
         made: dict[fx.Node, None] = {}
         for site in find_attentions(graph)[0]:
             if site.form == "fxopt" or not site.biases or not context.covers(site.output):
                 continue
-            mask = site.mask
-            if mask is None:
+            if len(site.biases) != 1 or site.biases[0].multiplier != 1.0:
                 context.missed("FX203", site.output, f"{len(site.biases)} additive terms; their sum is kept as it is")
                 continue
-            if mask not in known:
-                known[mask] = facts_of(mask)
-                made.update(dict.fromkeys(ancestors(mask)))
-            self._replace(site, mask, known[mask], context)
+            bias = site.biases[0]
+            # Scores that are filled with the lowest number where the mask is True, or where it is False.
+            hides = bias.fill is not None and bias.where
+            if (bias.node, hides) not in known:
+                known[bias.node, hides] = facts_of(bias.node, hides=hides)
+                made.update(dict.fromkeys(ancestors(bias.node)))
+            self._replace(site, bias.node, known[bias.node, hides], context)
         context.rewriter.erase(node for node in graph.nodes if node in made)
 
     def _replace(self, site: AttentionSite, mask: fx.Node, facts: MaskFacts, context: PassContext) -> None:

@@ -85,6 +85,9 @@ def attention(
         out = _explicit(packed, key, value, mask, sinks, scale, soft_cap)
     else:
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
+    if tokens == 1:
+        # Through one dimension, as in _laid_out; what is left of a copy is one.
+        return out.reshape(-1).view(batch, 1, heads, value.shape[3]).transpose(1, 2)
     return _laid_out(out.reshape(batch, heads, tokens, -1))
 
 

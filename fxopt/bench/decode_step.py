@@ -31,7 +31,7 @@ STOCK = "inductor"
 
 def run(*, device: str = "cpu", quick: bool = False) -> Result:
     """One decode step at several filled lengths; the first peer is the one the ratios refer to."""
-    length, rounds = (512, 5) if quick else (4096, 16)
+    length, rounds = (512, 5) if quick else (4096, 12)
     command = f"fxopt bench decode_step{' --quick' if quick else ''} --device {device}"
     result = Result("decode_step", command, environment(device))
     bandwidth = read_bandwidth(device, 1 << (22 if quick else 28))
@@ -76,8 +76,9 @@ class Step:
         self.call = call
         self.force_gqa = force_gqa
         config: Any = model.config
-        self.cache = StaticCache(config=config, max_cache_len=length)
-        self.cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.float32, device)
+        self.cache: Any = StaticCache(config=config, max_cache_len=length)
+        place = torch.device(device)
+        self.cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.float32, place)
         generator = torch.Generator().manual_seed(1)
         for layer in self.cache.layers:
             for tensor in (layer.keys, layer.values):

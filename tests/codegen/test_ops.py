@@ -89,7 +89,8 @@ def test_a_causal_window_block_by_block(window, extra, monkeypatch):
     torch.testing.assert_close(got, attention(**inputs | {"mask": seen}, **extra), atol=1e-5, rtol=1e-5)
     expected = reference(**{k: v for k, v in inputs.items() if k != "mask"}, mask=seen, **extra)
     assert (got.double() - expected).abs().max() < TOLERANCE[torch.float32]
-    whole = attention(**inputs, is_causal=True, window=window, mask=torch.ones(150, 150, dtype=torch.bool), **extra)
+    ones = torch.ones(150, 150, dtype=torch.bool)
+    whole = attention(**inputs | {"mask": ones}, is_causal=True, window=window, **extra)
     torch.testing.assert_close(whole, got, atol=1e-5, rtol=1e-5)
 
 

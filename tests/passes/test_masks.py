@@ -199,20 +199,28 @@ def test_a_window_is_handed_over_as_a_number():
     graph_module, remarks = rewritten(function, q)
     assert applied(remarks, "mask_structure") == 1
     assert any("window of 2 keys" in r.message for r in remarks)
-    (node,) = [n for n in graph_module.graph.nodes if name_of(n)]
+    node = next(n for n in graph_module.graph.nodes if name_of(n))
+    assert not graph_module.graph.find_nodes(op="call_function", target=torch.arange)
     assert (node.kwargs["window"], node.kwargs["is_causal"], "mask" in node.kwargs) == (2, True, False)
     torch.testing.assert_close(call(graph_module, q=q), function(q))
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_a_soft_cap_keeps_its_causal_structure(window):
+@pytest.mark.parametrize("form", ["fill", "where", "added"])
+def test_a_soft_cap_keeps_its_causal_structure(window, form):
     def function(q):
         place = torch.arange(T)
         mask = place[None, :] <= place[:, None]
         if window is not None:
             mask = mask & (place[None, :] > place[:, None] - window)
         scores = torch.tanh(q @ q.transpose(-1, -2) / 20) * 20
-        return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1) @ q
+        if form == "fill":
+            scores = scores.masked_fill(~mask, float("-inf"))
+        elif form == "where":
+            scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + torch.zeros(T, T).masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return torch.softmax(scores, -1) @ q
 
     q = torch.randn(2, 4, T, 8)
     graph_module, remarks = rewritten(function, q)
