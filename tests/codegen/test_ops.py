@@ -53,6 +53,13 @@ def test_against_float64(kind, heads, kv_heads, tokens):
         )
 
 
+@pytest.mark.parametrize(("width", "value_width"), [(1, 1), (7, 7), (80, 80), (96, 33)])
+def test_odd_head_dimensions(width, value_width):
+    inputs = sample_inputs(width=width, filled=20)
+    value = torch.randn(2, 2, 64, value_width, generator=torch.Generator().manual_seed(9))
+    assert close(inputs, value=value).shape == (2, 8, 1, value_width)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     close(sample_inputs(dtype=dtype, filled=30))

@@ -21,6 +21,8 @@ from fxopt.passes.rewriter import verify
 from fxopt.passes.technique import SettingError
 from fxopt.testing import TINY, capture
 
+transformers = pytest.importorskip("transformers")
+
 B, H, HKV, T, S, D = 2, 4, 2, 2, 24, 16
 
 
@@ -261,3 +263,45 @@ def test_a_recipe_reaches_its_layers(kernels_everywhere, eager_lowering, tmp_pat
     ]
     for i, (phi, *_) in enumerate(launched):
         torch.testing.assert_close(phi, wanted[i % 3])
+
+
+def test_through_inductor(kernels_everywhere):
+    model = TINY["qwen3"]()
+    expected = generated(model)
+    fxopt.compile(model, AsyncSoftmax())
+    assert torch.equal(generated(model), expected)
+    counted = fxopt.report(model).graphs[-1].counted
+    assert counted["async_softmax rows"] == 3 * 3 * 2 * 4
+
+
+def test_a_head_dimension_without_a_kernel_stays_as_it_was(kernels_everywhere, eager_lowering):
+    config = TINY["llama"]().config
+    model = transformers.LlamaForCausalLM(type(config)(**config.to_dict() | {"head_dim": 8})).eval()
+    expected = generated(model)
+    fxopt.compile(model, AsyncSoftmax())
+    assert torch.equal(generated(model), expected)
+    last = fxopt.report(model).graphs[-1]
+    assert (last.count("async_softmax"), last.count("cache_extent")) == (0, 3)
+    assert {r.code for r in last.remarks if r.technique == "async_softmax"} == {"FX303"}
+    assert not launched
+
+
+def test_with_early_exits_nothing_is_counted(kernels_everywhere):
+    (graph_module,) = capture(step, *inputs())
+    number_nodes(graph_module.graph)
+    in_use = frozenset({"async_softmax", "early_exit"})
+    context = PassContext(graph_module.graph, "async_softmax", GraphRecord(0, "-", "test"), in_use=in_use)
+    AsyncSoftmax().rewrite(graph_module.graph, context)
+    verify(graph_module.graph)
+    assert not context.call_wrappers
+    assert "not counted" in context.remarks[-1].message
+
+
+def test_two_settings_on_one_graph_count_together(kernels_everywhere, eager_lowering):
+    model = TINY["llama"]()
+    expected = generated(model)
+    paths = {f"model.layers.{i}.self_attn": AsyncSoftmax(phi=float(i)) for i in range(3)}
+    fxopt.compile(model, paths)
+    assert torch.equal(generated(model), expected)
+    assert [phi.unique().item() for phi, *_ in launched[:3]] == [0.0, 1.0, 2.0]
+    assert fxopt.report(model).graphs[-1].counted["async_softmax rows"] == len(launched) * 8
