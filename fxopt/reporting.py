@@ -17,6 +17,7 @@ from torch import nn
 from fxopt.codegen import compat
 from fxopt.codegen.files import write_whole
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, KernelRecord, Remark, Stage
+from fxopt.passes.run_counters import read_all
 from fxopt.passes.technique import SettingError, Technique, nearest
 
 log = logging.getLogger("fxopt")
@@ -173,6 +174,8 @@ def reports() -> list[Report]:
     """All reports in the ring buffer, oldest first: one for each compiled model."""
     with _lock:
         graphs = list(_graphs)
+    for graph in graphs:
+        graph.counted.update(read_all(graph.number))
     groups: dict[Any, list[GraphRecord]] = {}
     for graph in graphs:
         groups.setdefault(_group(graph, groups), []).append(graph)
@@ -238,6 +241,7 @@ def graph_summary(graph: GraphRecord) -> str:
         else:
             line = f"  . {name:<{width}}  {remarks[0].message}"
         lines.append(line if len(line) <= 100 else line[:97] + "...")
+    lines += [f"  # {name}: {value:.6g}" for name, value in graph.counted.items()]
     if graph.error:
         lines.append(f"  ! {graph.error.splitlines()[0]}"[:100])
     return "\n".join(lines)

@@ -1,12 +1,16 @@
 """``fxopt.tune``: run a text through a model, watch what its attention sees, and write a recipe.
 
-This version calibrates (``goal=None``): for each attention module the range of its softmax inputs by KV head, which
-:class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282, section 3).
+This version calibrates (``goal=None``): for each attention module and KV head the range of its softmax inputs, and
+that of its row maxima, which :class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++,
+arXiv 2311.01282, section 3). Where phi then stands, and whether there is one, depends on the dtype and is decided
+in the pass.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -22,7 +26,11 @@ from fxopt.passes.provenance import module_path, name_modules
 from fxopt.passes.technique import SettingError, Technique
 from fxopt.recipe import Recipe, fingerprint
 
-HIGHEST, LOWEST = "async_softmax.highest", "async_softmax.lowest"
+LOWEST, LOWEST_MAXIMUM, HIGHEST = (f"async_softmax.{name}" for name in ("lowest", "lowest_maximum", "highest"))
+"""Of one KV head over the text: its lowest score, its lowest row maximum, its highest score (a row maximum too)."""
+
+Ranges = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""``{module path: (lowest, lowest row maximum, highest)}``, each float32 [Hkv]."""
 
 
 def tune(
@@ -73,8 +81,8 @@ def tune(
     return _recipe(model, ranges, asked[0], len(windows))  # type: ignore[arg-type]
 
 
-def observed(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Any]:
-    """`model` as a callable that widens ``ranges[module path] = (lowest [Hkv], highest [Hkv])`` by its softmax inputs.
+def observed(model: nn.Module, ranges: Ranges) -> Callable[..., Any]:
+    """`model` as a callable that widens ``ranges[module path]`` by its softmax inputs.
 
     Masked scores do not count. The captured graph is run node by node: nothing of the model is changed.
     """
@@ -90,7 +98,7 @@ def observed(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]]) -> Call
 
 class _Watch(fx.Interpreter):
     def __init__(
-        self, gm: fx.GraphModule, sites: dict[fx.Node, AttentionSite], ranges: dict[str, tuple[Tensor, Tensor]]
+        self, gm: fx.GraphModule, sites: dict[fx.Node, AttentionSite], ranges: Ranges
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.sites = sites
@@ -99,16 +107,18 @@ class _Watch(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         site = self.sites.get(n)
         if site is not None:
-            low, high = score_range(site, self.env)
+            low, least, high = score_range(site, self.env)
             path = module_path(n)
             if path in self.ranges:
-                low, high = torch.minimum(low, self.ranges[path][0]), torch.maximum(high, self.ranges[path][1])
-            self.ranges[path] = (low, high)
+                before = self.ranges[path]
+                low, least = torch.minimum(low, before[0]), torch.minimum(least, before[1])
+                high = torch.maximum(high, before[2])
+            self.ranges[path] = (low, least, high)
         return super().run_node(n)
 
 
-def score_range(site: AttentionSite, values: dict[fx.Node, Any]) -> tuple[Tensor, Tensor]:
-    """Lowest and highest softmax input of one attention, by KV head: two float32 tensors [Hkv]."""
+def score_range(site: AttentionSite, values: dict[fx.Node, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Lowest softmax input, lowest row maximum and highest input of one attention: three float32 tensors [Hkv]."""
     query, key = values[site.query].float(), values[site.key].float()
     batch, heads, tokens, width = query.shape
     grouped = query.view(batch, site.kv_heads, heads // site.kv_heads, tokens, width)
@@ -128,28 +138,40 @@ def score_range(site: AttentionSite, values: dict[fx.Node, Any]) -> tuple[Tensor
         else:
             hidden |= mask <= torch.finfo(mask.dtype).min
             scores = scores + mask.clamp(min=torch.finfo(torch.float32).min / 2) * bias.multiplier
-    dims = (0, 2, 3, 4)
-    return scores.masked_fill(hidden, torch.inf).amin(dims), scores.masked_fill(hidden, -torch.inf).amax(dims)
+    maxima = scores.masked_fill(hidden, -torch.inf).amax(-1)
+    # A row in which everything is masked has no maximum.
+    least = maxima.masked_fill(maxima == -torch.inf, torch.inf).amin((0, 2, 3))
+    return scores.masked_fill(hidden, torch.inf).amin((0, 2, 3, 4)), least, maxima.amax((0, 2, 3))
 
 
-def _recipe(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]], technique: AsyncSoftmax, done: int) -> Recipe:
-    data = {f"{LOWEST}.{path}": low for path, (low, _) in ranges.items()}
-    data |= {f"{HIGHEST}.{path}": high for path, (_, high) in ranges.items()}
-    paths: dict[str, Technique] = {
-        path: AsyncSoftmax(phi=round(float(high.max()), 3), deterministic=technique.deterministic)
-        for path, (_, high) in ranges.items()
+def _recipe(model: nn.Module, ranges: Ranges, technique: AsyncSoftmax, done: int) -> Recipe:
+    data = {
+        f"{name}.{path}": found
+        for path, three in ranges.items()
+        for name, found in zip((LOWEST, LOWEST_MAXIMUM, HIGHEST), three, strict=True)
     }
+    paths: dict[str, Technique] = {}
+    for path, (_, least, high) in ranges.items():
+        pairs = tuple(zip(least.tolist(), high.tolist(), strict=True))
+        # Scores that are not finite on the text have no range: the pass estimates phi in each step instead.
+        if all(math.isfinite(end) for pair in pairs for end in pair):
+            paths[path] = dataclasses.replace(technique, ranges=pairs)
     return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": done})
 
 
 def _resume(
     model: nn.Module, checkpoint: str | os.PathLike[str] | None
-) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+) -> tuple[Ranges, int]:
     if checkpoint is None or not pathlib.Path(checkpoint).is_file():
         return {}, 0
     recipe = Recipe.load(checkpoint)
     recipe.check(model)
     prefix = f"{LOWEST}."
     names = [name.removeprefix(prefix) for name in recipe.data if name.startswith(prefix)]
-    ranges = {name: (recipe.data[prefix + name], recipe.data[f"{HIGHEST}.{name}"]) for name in names}
+    kinds = (LOWEST, LOWEST_MAXIMUM, HIGHEST)
+    if any(f"{kind}.{name}" not in recipe.data for kind in kinds for name in names):
+        raise SettingError(
+            f"{os.fspath(checkpoint)!r} holds no calibration that could go on; remove the file to begin again."
+        )
+    ranges: Ranges = {name: tuple(recipe.data[f"{kind}.{name}"] for kind in kinds) for name in names}  # type: ignore[misc]
     return ranges, int(recipe.notes.get("windows", 0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 import runpy
 
+import torch
+
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
@@ -24,3 +26,13 @@ def test_layer_skip(eager_lowering, capsys):
     printed = capsys.readouterr().out
     assert "layers that run: (0, 2, 3, 5)" in printed
     assert "layer_skip" in printed
+
+
+def test_attention(eager_lowering, capsys):
+    source = (EXAMPLES / "attention.py").read_text()
+    assert source.count("\n") <= 60
+    with torch.no_grad():
+        runpy.run_path(str(EXAMPLES / "attention.py"))["main"](length=64)
+    printed = capsys.readouterr().out
+    assert "filled    64 of 64" in printed
+    assert "cache_extent" in printed

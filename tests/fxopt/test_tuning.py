@@ -8,7 +8,7 @@ import torch
 import fxopt
 from fxopt import AsyncSoftmax, LayerSkip, Recipe, SettingError
 from fxopt.testing import TINY
-from fxopt.tuning import HIGHEST, LOWEST
+from fxopt.tuning import HIGHEST, LOWEST, LOWEST_MAXIMUM
 
 pytest.importorskip("safetensors")
 TOKENS = torch.randint(2, 128, (96,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -29,7 +29,8 @@ def by_hand(model, tokens, context):
         scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * module.scaling
         seen = torch.ones(length, length).tril().bool()
         heads = scores[..., seen].view(k.shape[1], -1)
-        found.setdefault(module.layer_idx, []).append((heads.amin(1), heads.amax(1)))
+        maxima = scores.masked_fill(~seen, -torch.inf).amax(-1).view(k.shape[1], -1)
+        found.setdefault(module.layer_idx, []).append((heads.amin(1), maxima.amin(1), heads.amax(1)))
 
     hooks = [
         layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in model.model.layers
@@ -40,18 +41,21 @@ def by_hand(model, tokens, context):
     for hook in hooks:
         hook.remove()
     return {
-        i: (torch.stack([a for a, _ in r]).amin(0), torch.stack([b for _, b in r]).amax(0)) for i, r in found.items()
+        i: (*(torch.stack([w[n] for w in r]).amin(0) for n in (0, 1)), torch.stack([w[2] for w in r]).amax(0))
+        for i, r in found.items()
     }
 
 
 def test_ranges_are_those_of_the_softmax_inputs():
     model = TINY["llama"]()
     recipe = fxopt.tune(model, TOKENS, context=32, show=False)
-    for layer, (low, high) in by_hand(model, TOKENS, 32).items():
+    for layer, (low, least, high) in by_hand(model, TOKENS, 32).items():
         path = f"model.layers.{layer}.self_attn"
         torch.testing.assert_close(recipe.data[f"{LOWEST}.{path}"], low, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(recipe.data[f"{HIGHEST}.{path}"], high, rtol=1e-4, atol=1e-5)
-        assert recipe.paths[path] == AsyncSoftmax(phi=round(float(high.max()), 3))
+        torch.testing.assert_close(recipe.data[f"{LOWEST_MAXIMUM}.{path}"], least, rtol=1e-4, atol=1e-5)
+        pairs = zip(*(recipe.data[f"{n}.{path}"].tolist() for n in (LOWEST_MAXIMUM, HIGHEST)), strict=True)
+        assert recipe.paths[path] == AsyncSoftmax(ranges=tuple(pairs))
 
 
 def test_an_interrupted_run_goes_on(tmp_path):
