@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.codegen import compat
+from fxopt.passes import exit_counters
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, KernelRecord, Remark, Stage
 from fxopt.passes.technique import SettingError, Technique, nearest
 
@@ -238,9 +239,19 @@ def graph_summary(graph: GraphRecord) -> str:
         else:
             line = f"  . {name:<{width}}  {remarks[0].message}"
         lines.append(line if len(line) <= 100 else line[:97] + "...")
+    lines += _depths(graph)
     if graph.error:
         lines.append(f"  ! {graph.error.splitlines()[0]}"[:100])
     return "\n".join(lines)
+
+
+def _depths(graph: GraphRecord) -> list[str]:
+    """How deep the steps of a graph of this process went; reads the device."""
+    with _lock:
+        if not any(kept is graph for kept in _graphs):  # a report from a file, whose numbers are not ours
+            return []
+    own = [c for c in exit_counters.counters(graph.owner) if c.graph == graph.number]
+    return [str(counter) for counter in own if sum(counter.histogram.values())]
 
 
 def _exact(name: str) -> bool:

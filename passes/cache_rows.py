@@ -17,6 +17,7 @@ from fxopt.passes import depth
 from fxopt.passes.context import PassContext
 from fxopt.passes.layers import Layer
 from fxopt.passes.rewriter import Rewriter, writes_in_place
+from fxopt.passes.streams import op_name
 
 
 def cache_inputs(layer: Layer) -> list[fx.Node]:
@@ -67,6 +68,24 @@ def length_counter(layer: Layer) -> fx.Node | None:
             ):
                 return target
     return None
+
+
+def is_rolled(layer: Layer) -> bool:
+    """Whether the layer's static cache is a full sliding window: its rows move up by one and the new one goes last."""
+    caches = set(cache_inputs(layer))
+    return any(op_name(n) == "roll" and n.all_input_nodes and depth.base(n.all_input_nodes[0]) in caches
+               for n in layer.nodes)  # fmt: skip
+
+
+def grows_whole(layer: Layer) -> bool:
+    """Whether the layer's growing cache leaves the graph with every row; a sliding window leaves without the oldest."""
+    caches = set(cache_inputs(layer))
+    return any(
+        op_name(n) in ("cat", "concat")
+        and any(depth.base(a) in caches for a in n.all_input_nodes)
+        and any(user.op == "output" for user in n.users)
+        for n in layer.nodes
+    )
 
 
 def write_empty_rows(layer: Layer, rewriter: Rewriter) -> None:

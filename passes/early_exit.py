@@ -19,7 +19,7 @@ from torch import fx, nn
 from fxopt.passes import confidence as measures
 from fxopt.passes import depth, kv_policy
 from fxopt.passes.context import PassContext
-from fxopt.passes.exit_check import Check, Checker, find_head
+from fxopt.passes.exit_check import Check, Checker, find_head, position_is_visible
 from fxopt.passes.exit_cost import ExitCost, exit_cost
 from fxopt.passes.exit_counters import DepthCounter
 from fxopt.passes.exit_reference import with_exits
@@ -187,7 +187,7 @@ class EarlyExit(Technique):
             self._truncate(stack, context)
             return
         original = depth.OriginalGraph(graph)
-        if self.phase == "decode" and not original.needed_for_empty_cache(stack.layers[0]):
+        if self.phase == "decode" and not original.needed_for_empty_cache(stack.layers[0], stack):
             context.blocked("FX208", stack.path, "whether the static cache is empty cannot be seen in this graph")
             return
         try:
@@ -240,6 +240,12 @@ class EarlyExit(Technique):
             context.blocked(
                 "FX101", stack.path, "attention without a causal mask: the last position decides for a decoder only"
             )
+            return False
+        if measures.schedule_of(self.threshold) is not None and not position_is_visible(stack):
+            context.blocked(
+                "FX208", stack.path, "every layer's cache is a sliding window, whose length does not tell the position "
+                "that the threshold depends on; give a number"
+            )  # fmt: skip
             return False
         for layer in stack.layers[self.layers[0] :]:
             refusal = depth.refusal(layer)

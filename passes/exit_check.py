@@ -67,6 +67,16 @@ def find_head(graph: fx.Graph, last: fx.Node) -> Head:
     return Head(last, logits, tuple(nodes), projection, int(depth.value(weight).shape[0]))
 
 
+def position_is_visible(stack: Stack) -> bool:
+    """Whether a graph tells how many tokens came before: no cache, a counter, or a cache that keeps every row.
+
+    Of sliding windows alone, only the last rows are in the graph.
+    """
+    layers = stack.layers
+    told = any(cache_rows.length_counter(layer) is not None or cache_rows.grows_whole(layer) for layer in layers)
+    return told or not any(map(cache_rows.cache_inputs, layers))
+
+
 @dataclass
 class Check:
     """What one exit inserted. ``logits``: at the exit, in the shape of the model's, or None where none were needed."""
@@ -120,7 +130,7 @@ class Checker:
             raise RegionError(
                 "FX101", state, f"the confidence has shape {getattr(rows, 'shape', None)}; it is one number a row, [B]"
             )
-        newly = self._above(sure, state, place, put)
+        newly = self._above(setting.layers[number], sure, state, place, put)
         exited = newly
         if setting.rows == "each" and earlier is not None:
             exited = put(torch.logical_or, [newly, earlier.exited])
@@ -178,24 +188,29 @@ class Checker:
                 part = self.rewriter.method("narrow", (weight, 0, 0, count), like=projection, before=projection)
                 self.rewriter.set_argument(projection, index, part)
 
-    def _above(self, sure: fx.Node, state: fx.Node, place: fx.Node, put: Callable[..., Any]) -> fx.Node:
+    def _above(self, n: int, sure: fx.Node, state: fx.Node, place: fx.Node, put: Callable[..., Any]) -> fx.Node:
         threshold = self.setting.threshold
         if self.setting.confidence == "patience":
             return put(lambda run: run >= threshold, [sure])
         schedule = confidence.schedule_of(threshold)
         if schedule is None:
             return put(lambda c: c > threshold, [sure])
-        return put(lambda c, p: c > p, [sure, put(schedule, [self._position(state, put, place)])])
+        return put(lambda c, p: c > p, [sure, put(schedule, [self._position(n, state, put, place)])])
 
-    def _position(self, state: fx.Node, put: Callable[..., Any], place: fx.Node) -> fx.Node:
+    def _position(self, n: int, state: fx.Node, put: Callable[..., Any], place: fx.Node) -> fx.Node:
         """0-d float tensor: the 0-based position of the last token, from the cache's own length."""
-        first = self.stack.layers[0]
-        counter = cache_rows.length_counter(first)
-        if counter is not None:
-            # The first layer has advanced the counter by the tokens of this step before any exit is reached.
-            return put(lambda n: (n - 1).float(), [counter])
+        layers = self.stack.layers
+        new: Any = depth.value(state).shape[1]
+        for index, layer in enumerate(layers):
+            counter = cache_rows.length_counter(layer)
+            if counter is not None and index < n:  # has been advanced by the tokens of this step
+                return put(lambda filled: (filled - 1).float(), [counter])
+            if counter is not None and isinstance(new, int):
+                return put(lambda filled: (filled + (new - 1)).float(), [counter])
         total: Any = -1
-        for node, dim in [(state, 1), *((cache, 2) for cache in cache_rows.cache_inputs(first)[:1])]:
+        whole = next(filter(cache_rows.grows_whole, layers), None)
+        sources = [(state, 1), *([(cache_rows.cache_inputs(whole)[0], 2)] if whole is not None else [])]
+        for node, dim in sources:
             size: Any = depth.value(node).shape[dim]
             if not isinstance(size, int):
                 size = self.rewriter.call(torch.ops.aten.sym_size.int, (node, dim), like=state, before=place)

@@ -235,7 +235,7 @@ class LayerSkip(Technique):
                 context.missed("FX113", layer.path, f"no residual addition of its {self.part} part was found")
                 return
         if self.phase == "decode":
-            original.needed_for_empty_cache(layer)
+            original.needed_for_empty_cache(layer, stack)
         if self.part == "layer":
             erased = depth.skip_layer(layer, context, keep_rows=self.phase == "decode")
             context.applied(layer.path, f"layer {layer.index} of {len(stack.layers)} skipped, {erased} nodes erased")
