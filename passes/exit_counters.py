@@ -35,7 +35,7 @@ class DepthCounter:
         return run
 
     def add(self, taken: Tensor) -> None:
-        """Count one step; ``taken: [B]``: 0 for the first exit, ``len(exits)`` for none, one more for none after NaN."""
+        """Count one step; ``taken: [B]``: 0 for the first exit, ``len(exits)`` for none, one more after NaN."""
         if self._counts is None or self._counts.device != taken.device:
             self._counts = torch.zeros(len(self.exits) + 2, dtype=torch.int64, device=taken.device)
         self._counts.index_add_(0, taken, torch.ones_like(taken))

@@ -76,7 +76,8 @@ class SparseAttention(Technique):
                 )
         if self.method in LATER:
             raise SettingError(
-                f"SparseAttention(method={self.method!r}) is not available in this version; use method='sink_window'."
+                f"SparseAttention(method={self.method!r}) is not available in this version; use "
+                "method='sink_window'."
             )
         if self.method not in METHODS:
             raise SettingError(
