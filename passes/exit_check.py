@@ -36,6 +36,11 @@ class Head:
     def weight(self) -> fx.Node:
         return self.projection.args[1]  # type: ignore[return-value]
 
+    @property
+    def classifies(self) -> bool:
+        """Logits ``[B, C]`` for the whole input, not ``[B, S, V]`` for each position."""
+        return depth.value(self.logits).ndim == 2
+
 
 def find_head(graph: fx.Graph, last: fx.Node) -> Head:
     """The region between the last layer and the logits. Raises :class:`RegionError` when there is none."""
@@ -59,10 +64,10 @@ def find_head(graph: fx.Graph, last: fx.Node) -> Head:
     logits, nodes, projection = ends[0]
     tensor = depth.value(logits)
     weight = projection.args[1]
-    if tensor.ndim != 3 or not isinstance(weight, fx.Node) or tensor.shape[-1] != depth.value(weight).shape[0]:
+    if tensor.ndim not in (2, 3) or not isinstance(weight, fx.Node) or tensor.shape[-1] != depth.value(weight).shape[0]:
         raise RegionError(
-            "FX101", logits, f"logits of shape {tuple(tensor.shape)}: an exit of a decoder scores [B, S, V] with V the "
-            "rows of the head"
+            "FX101", logits, f"logits of shape {tuple(tensor.shape)}: an exit scores [B, S, V] of a decoder or [B, C] "
+            "of a classifier, with V or C the rows of the head"
         )  # fmt: skip
     return Head(last, logits, tuple(nodes), projection, int(depth.value(weight).shape[0]))
 
@@ -93,12 +98,18 @@ class Check:
 class Checker:
     """Inserts the checks of the exits of one graph, first exit first."""
 
-    def __init__(self, setting: Any, stack: Stack, head: Head, rewriter: Rewriter) -> None:
+    def __init__(self, setting: Any, stack: Stack, head: Head | None, rewriter: Rewriter) -> None:
         self.setting = setting
         self.stack = stack
-        self.head = head
         self.rewriter = rewriter
-        self.logits_shape = tuple(depth.value(head.logits).shape)
+        self._found = head
+        self.whole = head is None or head.classifies
+        """An encoder: scored as a whole by its head, and by the state of its first position."""
+
+    @property
+    def head(self) -> Head:
+        assert self._found is not None, "only confidence='state' goes without a head"
+        return self._found
 
     def insert(self, number: int, state: fx.Node, before_layer: fx.Node, earlier: Check | None) -> Check:
         """The check of exit `number`; `state` follows the layer whose input is `before_layer`."""
@@ -106,15 +117,15 @@ class Checker:
         known = set(rewriter.graph.nodes)
         place = state.next
         put = partial(self._inline, place=place, like=state)
-        last = put(lambda h: h[:, -1:, :], [state])
+        at = 0 if self.whole else -1
         logits = choice = run = None
-        if setting.confidence != "state":
-            logits = self._head(last, state, place)
         if setting.confidence == "state":
-            before = put(lambda h: h[:, -1, :], [before_layer])
-            sure = put(confidence.saturation, [put(lambda h: h[:, -1, :], [state]), before])
+            before = put(lambda h: h[:, at, :], [before_layer])
+            sure = put(confidence.saturation, [put(lambda h: h[:, at, :], [state]), before])
         else:
-            scores = put(lambda x: x[:, -1, :], [logits])
+            last = [] if self.whole else [put(lambda h: h[:, -1:, :], [state])]
+            logits = self._head([*last, state], place)
+            scores = logits if self.whole else put(lambda x: x[:, -1, :], [logits])
             if setting.confidence == "patience":
                 choice, run = put(
                     confidence.agreement, [scores, *((earlier.choice, earlier.run) if earlier else (None, None))]
@@ -137,7 +148,8 @@ class Checker:
         predicate = put(torch.all, [exited])
         level = self._level(number, sure, exited, predicate, earlier, put)
         made = [n for n in rewriter.graph.nodes if n not in known]
-        usable = logits if logits is not None and tuple(depth.value(logits).shape) == self.logits_shape else None
+        shape = None if logits is None else tuple(depth.value(self.head.logits).shape)
+        usable = logits if logits is not None and tuple(depth.value(logits).shape) == shape else None
         return Check(made, predicate, exited, usable, level, choice, run)
 
     def _inline(
@@ -145,17 +157,18 @@ class Checker:
     ) -> Any:
         return confidence.inline(function, inputs, self.rewriter, before=place, like=like)
 
-    def _head(self, last: fx.Node, state: fx.Node, place: fx.Node) -> fx.Node:
-        """The head on ``last: [B, 1, W]``; on all positions where its literal shapes allow no other."""
-        batch = depth.value(last).shape[0]
+    def _head(self, sources: list[fx.Node], place: fx.Node) -> fx.Node:
+        """The head on the last position, ``[B, 1, W]``; on all where its literal shapes allow no other."""
+        wanted = depth.value(self.head.logits)
         graph = self.rewriter.graph
-        for source in (last, state):
+        for source in sources:
             known = set(graph.nodes)
             try:
                 logits = self._copy_head(source, place)
             except (RuntimeError, ValueError, TypeError):
                 logits = None
-            if logits is not None and depth.value(logits).ndim == 3 and depth.value(logits).shape[0] == batch:
+            made = None if logits is None else depth.value(logits)
+            if logits is not None and made.ndim == wanted.ndim and made.shape[0] == depth.value(source).shape[0]:
                 return logits
             # The copy that failed has no value yet, so that the rewriter does not know it.
             for node in reversed(list(graph.nodes)):
