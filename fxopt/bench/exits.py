@@ -54,6 +54,30 @@ class Propagation(nn.Module):
         return hidden
 
 
+class Segment(nn.Module):
+    """Layers `start` to `stop` as a graph of their own: what an exit is when Python, not ``torch.cond``, decides."""
+
+    def __init__(self, model: Any, start: int, stop: int) -> None:
+        super().__init__()
+        self.embed = model.model.embed_tokens if start == 0 else None
+        self.head = nn.Sequential(model.model.norm, model.lm_head) if stop == len(model.model.layers) else None
+        self.layers = nn.ModuleList(model.model.layers[start:stop])
+        self.rotary = model.model.rotary_emb
+
+    def forward(self, hidden: Tensor, position: Tensor, mask: Tensor, cache: Any) -> Any:
+        """hidden: token ids [B, 1] or states [B, 1, W], position: [B, 1], mask: bool [B, 1, 1, S]"""
+        if self.embed is not None:
+            hidden = self.embed(hidden)
+        tables = self.rotary(hidden, position)
+        before = hidden
+        for layer in self.layers:
+            before = hidden
+            hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=tables)
+        if self.head is not None:
+            return self.head(hidden)
+        return hidden, measures.saturation(hidden[:, -1], before[:, -1])
+
+
 class HeadCheck(nn.Module):
     """What one exit with ``confidence="max"`` reads when it is not taken: the final norm, the head, one softmax."""
 
@@ -106,8 +130,10 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, remarks: 
     }
     ids = torch.randint(3, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     peers = [Peer(peer, *(_decode(built[peer], ids),) * 2) for peer in built]
-    check_equal(peers[:3], tolerance=1e-4)
+    segments = Peer("never, segments", *(_segments(model, middle, ids),) * 2)
+    check_equal([*peers[:3], segments], tolerance=1e-4)
     check_equal(peers[3:], tolerance=1e-4)
+    peers.append(segments)
     for part, call in _parts(model, middle, ids).items():
         peers.append(Peer(part, call))
     rows = measure(f"{name}, batch {batch}", peers, rounds=rounds, device=device)
@@ -148,6 +174,32 @@ def _decode(model: Any, ids: Tensor) -> Callable[[], Tensor]:
 
     def call() -> Tensor:
         logits = model(input_ids=token, past_key_values=cache).logits
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(prompt)  # type: ignore[union-attr]
+        return logits
+
+    return call
+
+
+def _segments(model: Any, middle: int, ids: Tensor) -> Callable[[], Tensor]:
+    """A decode step in two graphs with a host read between them."""
+    from transformers import StaticCache
+
+    prompt = ids.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=prompt * 2)
+    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    first, second = (
+        fxopt_compile(Segment(model, *reach)) for reach in ((0, middle), (middle, model.config.num_hidden_layers))
+    )
+    position = torch.full((len(ids), 1), prompt, device=ids.device)
+    mask = (torch.arange(prompt * 2, device=ids.device) <= prompt).expand(len(ids), 1, 1, -1)
+    token = ids[:, -1:]
+
+    def call() -> Tensor:
+        hidden, sure = first(token, position, mask, cache)
+        if bool((sure > NEVER).all()):
+            raise AssertionError("the exit that is never taken was taken")
+        logits = second(hidden, position, mask, cache)
         for layer in cache.layers:
             layer.cumulative_length.fill_(prompt)  # type: ignore[union-attr]
         return logits

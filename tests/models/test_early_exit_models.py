@@ -73,3 +73,17 @@ def test_position_of_windows_alone_is_unknown():
     harness.generate(captured.model, IDS, None, 4)
     with pytest.raises(Exception, match="FX208 every layer's cache is a sliding window"):
         captured.use(DECODE)
+
+
+def test_a_window_that_rolls_is_blocked_where_branches_must_not_write(monkeypatch):
+    """torch 2.11: a branch must not write, and only rows written by their index can be written after the branches."""
+    monkeypatch.setattr("fxopt.passes.early_exit.branches_may_write", lambda: False)
+    captured = harness.Recaptured(sharp("mistral"))
+    harness.generate(captured.model, IDS, "static", 4)
+    before = [len(entry.graph.nodes) for entry in captured.entries]
+    captured.strict = False
+    with pytest.warns(UserWarning, match="FX208 .* torch 2.12 and later take them"):
+        captured.use(EVERYWHERE)
+    full = captured.entries[-1]
+    assert any(r.code == "FX208" for r in full.record.remarks)
+    assert len(full.rewritten.graph.nodes) == before[-1]
