@@ -167,9 +167,10 @@ class Checker:
                 logits = self._copy_head(source, place)
             except (RuntimeError, ValueError, TypeError):
                 logits = None
-            made = None if logits is None else depth.value(logits)
-            if logits is not None and made.ndim == wanted.ndim and made.shape[0] == depth.value(source).shape[0]:
-                return logits
+            if logits is not None:
+                made = depth.value(logits)
+                if made.ndim == wanted.ndim and made.shape[0] == depth.value(source).shape[0]:
+                    return logits
             # The copy that failed has no value yet, so that the rewriter does not know it.
             for node in reversed(list(graph.nodes)):
                 if node not in known:

@@ -260,7 +260,7 @@ def _insert_decision(layer: Layer, router: Router, rewriter: Rewriter) -> fx.Nod
         weights = [_parameter(layer, name, p, rewriter, place) for name, p in router.named_parameters()]
         said = put(lambda h, *w: F.linear(h, *w)[:, 0] > 0, [last, *weights])
     else:
-        said = put(partial(router, layer=layer.index), [last])
+        said = put(lambda h: router(h, layer.index), [last])
     if stored is None:
         return said
     counter = cache_rows.length_counter(layer)
