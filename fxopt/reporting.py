@@ -16,6 +16,7 @@ from torch import nn
 
 from fxopt.codegen import compat
 from fxopt.codegen.files import write_whole
+from fxopt.passes import exit_counters
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, KernelRecord, Remark, Stage
 from fxopt.passes.run_counters import read_all
 from fxopt.passes.technique import SettingError, Technique, nearest
@@ -242,9 +243,19 @@ def graph_summary(graph: GraphRecord) -> str:
             line = f"  . {name:<{width}}  {remarks[0].message}"
         lines.append(line if len(line) <= 100 else line[:97] + "...")
     lines += [f"  # {name}: {value:.6g}" for name, value in graph.counted.items()]
+    lines += _depths(graph)
     if graph.error:
         lines.append(f"  ! {graph.error.splitlines()[0]}"[:100])
     return "\n".join(lines)
+
+
+def _depths(graph: GraphRecord) -> list[str]:
+    """How deep the steps of a graph of this process went; reads the device."""
+    with _lock:
+        if not any(kept is graph for kept in _graphs):  # a report from a file, whose numbers are not ours
+            return []
+    own = [c for c in exit_counters.counters(graph.owner) if c.graph == graph.number]
+    return [str(counter) for counter in own if sum(counter.histogram.values())]
 
 
 def _exact(name: str) -> bool:

@@ -1,9 +1,9 @@
-"""``fxopt.tune``: run a text through a model, watch what its attention sees, and write a recipe.
+"""``fxopt.tune``: run a text through a model, watch what happens, and write a recipe.
 
-This version calibrates (``goal=None``): for each attention module and KV head the range of its softmax inputs, and
-that of its row maxima, which :class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++,
-arXiv 2311.01282, section 3). Where phi then stands, and whether there is one, depends on the dtype and is decided
-in the pass.
+It calibrates (``goal=None``): for each attention module and KV head the range of its softmax inputs, and that of its row
+maxima, which :class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282, section 3).
+Where phi then stands, and whether there is one, depends on the dtype and is decided in the pass. And it solves the
+threshold of :class:`fxopt.EarlyExit` (``goal="agreement=0.97"``), see :mod:`fxopt.exit_tuning`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxopt import scoring
+from fxopt import exit_tuning, scoring
 from fxopt.passes.async_softmax import AsyncSoftmax
 from fxopt.passes.attention import AttentionSite, find_attentions
+from fxopt.passes.early_exit import EarlyExit
 from fxopt.passes.provenance import module_path, name_modules
 from fxopt.passes.technique import SettingError, Technique
 from fxopt.recipe import Recipe, fingerprint
@@ -47,28 +48,33 @@ def tune(
     """Calibrate `techniques` (default: ``AsyncSoftmax()``) on a text; returns the recipe to hand to ``fxopt.compile``.
 
     Args:
+        goal: for one ``EarlyExit``, ``"agreement=0.97"``: its threshold is solved, the one it has is not used.
         data: a text, a path to one, or token ids.
         tokenizer: found by the model's name or path when not given.
         context, limit: tokens of a window, and tokens to read in all.
         checkpoint: a recipe file that is written after each window; a run that was interrupted goes on from it.
 
     Raises:
-        SettingError: for a goal (settings are not searched for yet) or a technique that has nothing to calibrate.
+        SettingError: for a goal that is not known, or a technique that has nothing to calibrate.
         TypeError, ValueError, FileNotFoundError: for a model that is no causal LM, or a text that cannot be read.
     """
     from fxopt.evaluation import _find_tokenizer, read_data
 
-    if goal is not None:
-        raise SettingError(f"tune(goal={goal!r}): this version calibrates only; leave the goal out.")
     asked = techniques or (AsyncSoftmax(),)
+    exits = asked[0] if len(asked) == 1 and isinstance(asked[0], EarlyExit) else None
+    agreement = exit_tuning.wanted_agreement(goal) if exits is not None else None
+    if goal is not None and exits is None:
+        raise SettingError(f"tune(goal={goal!r}): a goal is for one EarlyExit; for AsyncSoftmax leave it out.")
     for technique in asked:
-        if not isinstance(technique, AsyncSoftmax):
-            raise SettingError(f"{technique} has nothing to calibrate; tune takes AsyncSoftmax().")
+        if exits is None and not isinstance(technique, AsyncSoftmax):
+            raise SettingError(f"{technique} has nothing to calibrate; tune takes AsyncSoftmax() or one EarlyExit.")
     scoring.require_causal(model)
     text = read_data(data)  # type: ignore[arg-type]
     if isinstance(text, str) and tokenizer is None:
         tokenizer = _find_tokenizer(model)
     windows = scoring.windows(tokenizer, text, context, whole=True)[: max(1, limit // context)]
+    if exits is not None and agreement is not None:
+        return exit_tuning.solve(model, windows, exits, agreement, show=show)
     ranges, done = _resume(model, checkpoint)
     device = next(model.parameters()).device
     with torch.no_grad():

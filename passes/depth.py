@@ -259,11 +259,15 @@ class OriginalGraph:
         self._copy: fx.GraphModule | None = None
         self._counter: int | None = None
 
-    def needed_for_empty_cache(self, layer: Layer) -> bool:
-        """Keep the graph if `layer` has a static cache; False where its fill level cannot be seen."""
-        if not cache_rows.is_static(layer):
+    def needed_for_empty_cache(self, layer: Layer, stack: Stack) -> bool:
+        """Keep the graph if `layer` has a static cache; False where its fill level cannot be seen.
+
+        All layers of a stack see the same tokens, so that any of their counters tells. A sliding window that rolls
+        is full, and needs no counter.
+        """
+        if not cache_rows.is_static(layer) or any(cache_rows.is_rolled(other) for other in stack.layers):
             return True
-        counter = cache_rows.length_counter(layer)
+        counter = next(filter(None, map(cache_rows.length_counter, (layer, *stack.layers))), None)
         if counter is None:
             return False
         if self._copy is None:

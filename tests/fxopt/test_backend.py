@@ -81,18 +81,23 @@ from torch._dynamo.utils import counters
 import fxopt
 from fxopt.testing import TINY
 model = TINY["llama"]()
-fxopt.compile(model, fxopt.LayerSkip(skip=(1,)))
+fxopt.compile(model, fxopt.{technique})
 with torch.no_grad():
     model(input_ids=torch.tensor([[5, 17, 3, 99, 42]]), use_cache=False)
 print(counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_bypass"])
 """
 
 
-def test_compile_caches_hit_in_a_second_process(tmp_path):
+@pytest.mark.parametrize(
+    "technique",
+    ["LayerSkip(skip=(1,))", pytest.param("EarlyExit(layers=(1,), threshold=0.5)", marks=pytest.mark.slow)],
+)
+def test_compile_caches_hit_in_a_second_process(tmp_path, technique):
+    code = _SECOND.replace("{technique}", technique)
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     outputs = [
         subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _SECOND], env=env, capture_output=True, text=True, check=True
+            [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=True
         ).stdout.split()
         for _ in range(2)
     ]

@@ -99,7 +99,7 @@ def test_bad_recipes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"goal": "kl<0.01"}, SettingError, "calibrates only"),
+        ({"goal": "kl<0.01"}, SettingError, "is for one EarlyExit"),
         ({"context": 500}, ValueError, "fewer than one context"),
     ],
 )
@@ -111,3 +111,45 @@ def test_bad_input(arguments, error, words):
 def test_nothing_to_calibrate():
     with pytest.raises(SettingError, match="nothing to calibrate"):
         fxopt.tune(TINY["llama"](), TOKENS, LayerSkip(skip=(1,)), show=False)
+
+
+# -- thresholds of exits -----------------------------------------------------------------------------------------------
+
+
+def test_threshold_is_solved_for_an_agreement(tmp_path):
+    model = TINY["llama"]()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 12)
+    ids = torch.randint(3, 128, (4 * 32,), generator=torch.Generator().manual_seed(0))
+    asked = fxopt.EarlyExit(layers=(1, 2), confidence="margin")
+    recipe = fxopt.tune(model, ids, asked, goal="agreement=0.9", context=32, show=False)
+    (found,) = recipe.techniques
+    assert (found.layers, found.confidence) == (asked.layers, asked.confidence)
+    assert recipe.notes["agreement"] >= 0.9
+    assert recipe.notes["mean_depth"] < 3
+    # Measured again, by the road every user has.
+    table = fxopt.evaluate(model, ids, found, context=32, score="decode", speed=False, limit=10**6, show=False)
+    assert table.rows[-1].agreement == pytest.approx(recipe.notes["agreement"])
+    kept = fxopt.Recipe.load(recipe.save(tmp_path / "exits.safetensors"))
+    assert kept.techniques == recipe.techniques
+
+
+def test_static_solution_counts_the_first_exit_that_is_sure():
+    from fxopt.exit_tuning import solve_static
+
+    sure = torch.tensor([[0.9, 0.1], [0.5, 0.8], [0.2, 0.3], [0.1, 0.95]])
+    right = torch.tensor([[True, True], [False, True], [False, False], [False, True]])
+    assert solve_static(sure, right, 0.99) == pytest.approx(0.5)  # above 0.5 rows 0, 1 and 3 leave, and are right
+    assert solve_static(sure, right, 0.7) == pytest.approx(0.3)
+    assert solve_static(sure, ~right, 0.99) == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("goal", [None, "agreement", "agreement=2", "speedup=2", "agreement=x"])
+def test_goals_that_are_no_agreement_are_refused(goal):
+    with pytest.raises(fxopt.SettingError, match=r"agreement=0\.97"):
+        fxopt.tune(TINY["llama"](), torch.arange(100), fxopt.EarlyExit(layers=(1,)), goal=goal)
+
+
+def test_patience_is_not_solved_for():
+    patience = fxopt.EarlyExit(layers=(1, 2), confidence="patience", threshold=2)
+    with pytest.raises(fxopt.SettingError, match="is a count of exits"):
+        fxopt.tune(TINY["llama"](), torch.arange(100), patience, goal="agreement=0.9", context=32, show=False)
