@@ -23,8 +23,12 @@ PEERS = ("deleted, inductor", "fxopt layer_skip", "full, inductor")
 
 def run(*, device: str = "cpu", quick: bool = False, technique: str = "layer_skip") -> Result:
     """Prefill of 512 tokens and a decode step, every second layer skipped, against the deleted model under Inductor."""
+    if technique == "mixture_of_depths":
+        from fxopt.bench import mixture
+
+        return mixture.run(device=device, quick=quick)
     if technique != "layer_skip":
-        raise ValueError(f"no suite for technique {technique!r} yet; there is 'layer_skip'.")
+        raise ValueError(f"no suite for technique {technique!r} yet; there are 'layer_skip' and 'mixture_of_depths'.")
     layers, width, prompt, rounds = (4, 256, 64, 5) if quick else (12, 768, 512, 15)
     model = llama(layers, width, heads=width // 64, kv_heads=width // 64 // 4 or 1).to(device)
     skip = LayerSkip(speedup=2)
