@@ -24,13 +24,13 @@ import torch
 from torch import fx, nn
 
 from fxopt.passes.context import PassContext
+from fxopt.passes.mod_forward import routed_forward
 from fxopt.passes.mod_reference import (
     ROUTED,
     ROUTER,
     ROUTERS,
     Router,
     layer_key,
-    routed_forward,
     routers,
     warn_untrained,
 )
@@ -275,6 +275,8 @@ def unroute(model: nn.Module) -> nn.Module:
 
 def _route(target: nn.Module, router: Router, *, residual: bool) -> None:
     object.__setattr__(target, ROUTER, router)
+    numbers: list[Any] = [m.layer_idx for m in target.modules() if getattr(m, "layer_idx", None) is not None]
+    router.cache_index = int(numbers[0]) if numbers else None
     own = target.__dict__.get("forward")
     if isinstance(own, functools.partial) and own.func is routed_forward:
         return
@@ -322,6 +324,8 @@ def _told(graph: fx.Graph, nodes: list[fx.Node]) -> str:
     inside = [
         size for branch in _branches(graph, nodes[-1]) for node in branch.graph.nodes if (size := _gathered(node))
     ]
+    if inside and inside[0][1] == 1:
+        return "its predictor decides: a step in which every row declines skips the block"
     if inside:
         return f"its predictor decides: room for {inside[0][0]} of {inside[0][1]} tokens, all of them on overflow"
     return ""

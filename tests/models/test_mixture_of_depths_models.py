@@ -123,17 +123,73 @@ def test_generate_of_the_compiled_model(eager_lowering):
     assert torch.equal(model.generate(inputs["input_ids"], **settings), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_static_cache_step_by_step_is_all_at_once(name, batch):
+    """Prompt, a chunk, single tokens; Gemma 2 past its window of 8, with both its kinds of layers routed."""
+    from transformers import StaticCache
+
+    model, inputs = made(name, training=False, batch=batch, length=21, layers=(0, 1))
+    ids = inputs["input_ids"]
+    with torch.no_grad(), watching(model) as routes:
+        whole = model(input_ids=ids, use_cache=False).logits
+        chosen = routes()
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        for _ in range(2):  # once more after a reset
+            parts = []
+            for start, stop in [(0, 6), (6, 10), *((i, i + 1) for i in range(10, 21))]:
+                parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache).logits)
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+            for index, layer in enumerate(cache.layers[:2]):
+                path = next(p for p in chosen if p.endswith(f".{index}"))
+                assert int(layer.get_seq_length()) == 21
+                assert torch.equal(layer.positions[:, :21] >= 0, chosen[path])
+                assert torch.equal(layer.counts, chosen[path].sum(1))
+            cache.reset()
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_decode_is_one_graph(eager_lowering, name, kind):
+    """Steps on a cache that a prompt has filled: no graph break, the same logits as all at once, blocks skipped."""
+    from transformers import DynamicCache, StaticCache
+
+    model, inputs = made(name, training=False, batch=2, length=16, layers=(0, 1))
+    ids = inputs["input_ids"]
+    with torch.no_grad(), watching(model) as routes:
+        whole = model(input_ids=ids, use_cache=False).logits
+        chosen = routes()
+    declined = sum(int((~taken[:, 8:]).all(0).sum()) for taken in chosen.values())
+    with torch.no_grad():
+        cache = (
+            StaticCache(config=model.config, max_cache_len=24) if kind == "static"
+            else DynamicCache(config=model.config)
+        )  # fmt: skip
+        model(input_ids=ids[:, :8], past_key_values=cache)
+        fxopt.compile(model, strict=True)
+        torch._dynamo.utils.counters.clear()
+        found = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 16)]
+    torch.testing.assert_close(torch.cat(found, 1), whole[:, 8:], rtol=1e-4, atol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    remarks = [r for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"]
+    assert {r.status for r in remarks} == {"applied"}
+    assert {r.message for r in remarks} == {"its predictor decides: a step in which every row declines skips the block"}
+    print(declined)
+
+
 def test_caches_that_cannot_leave_rows_out_are_refused():
     from transformers import DynamicCache, StaticCache
 
     model, inputs = made("llama", training=False)
     ids = inputs["input_ids"]
     with torch.no_grad():
-        with pytest.raises(SettingError, match="DynamicCache"):
-            model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+        static = StaticCache(config=model.config, max_cache_len=32)
+        TINY["llama"]()(input_ids=ids, past_key_values=static)
+        with pytest.raises(SettingError, match="Start from an empty cache"):
+            model(input_ids=ids, past_key_values=static)
         cache = DynamicCache(config=model.config)
         TINY["llama"]()(input_ids=ids, past_key_values=cache)
-        with pytest.raises(SettingError, match="Start from an empty DynamicCache"):
+        with pytest.raises(SettingError, match="Start from an empty cache"):
             model(input_ids=ids, past_key_values=cache)
         cache = model.train()(input_ids=ids).past_key_values
         with pytest.raises(SettingError, match=r"Fill it in model\.eval"):
