@@ -28,7 +28,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fxopt
-from fxopt.passes.mod_reference import auxiliary_loss, routers, watching
+from fxopt.passes.mod_counters import watching
+from fxopt.passes.mod_reference import auxiliary_loss, routers
 from fxopt.tinylm import corpus
 
 KINDS = ("dense", "mixture of depths")
@@ -91,9 +92,15 @@ def build(recipe: Recipe, kind: str, seed: int) -> Any:
     return model.train()
 
 
-def loss_of(model: Any, ids: torch.Tensor, weight: float) -> torch.Tensor:
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+def loss_of(forward: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats per byte; ``ids: [B, S + 1]``."""
+    logits = forward(input_ids=ids[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def training_loss(model: Any, ids: torch.Tensor, weight: float) -> torch.Tensor:
+    """The same, and what the predictors of a routed model have to learn."""
+    loss = loss_of(model, ids)
     return loss + weight * auxiliary_loss(model) if routers(model) else loss
 
 
@@ -105,7 +112,7 @@ def step_flops(recipe: Recipe, kind: str) -> int:
     model = build(recipe, kind, 0)
     ids = torch.zeros(recipe.batch, recipe.context + 1, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
-        loss_of(model, ids, recipe.auxiliary).backward()
+        training_loss(model, ids, recipe.auxiliary).backward()
     return int(counter.get_total_flops())
 
 
@@ -113,10 +120,8 @@ def step_flops(recipe: Recipe, kind: str) -> int:
 def held_out_loss(model: Any, held: torch.Tensor, training: bool = False) -> float:
     """Nats per byte. In eval() the predictor decides, causally; `training=True` is top-C, which sees what follows."""
     model.train(training)
-    losses = [
-        F.cross_entropy(model.forward(input_ids=rows[:, :-1], use_cache=False).logits.flatten(0, 1), rows[:, 1:].flatten())
-        for rows in held.split(32)
-    ]  # fmt: skip
+    # forward in eager: as many tokens as the predictor takes.
+    losses = [loss_of(model.forward, rows) for rows in held.split(32)]
     model.train()
     return float(torch.stack(losses).mean())
 
@@ -137,7 +142,9 @@ def routing(model: Any, held: torch.Tensor) -> dict[str, float]:
     }
 
 
-def train(recipe: Recipe, kind: str, seed: int, steps: int, data: tuple[np.ndarray, torch.Tensor], compiled: bool) -> Any:
+def train(
+    recipe: Recipe, kind: str, seed: int, steps: int, data: tuple[np.ndarray, torch.Tensor], compiled: bool
+) -> dict[str, Any]:
     """One run: held-out losses over the steps, and process seconds a step."""
     stream, held = data
     model = build(recipe, kind, seed)
@@ -152,7 +159,7 @@ def train(recipe: Recipe, kind: str, seed: int, steps: int, data: tuple[np.ndarr
             group["lr"] = recipe.rate * min(1.0, (step + 1) / (0.05 * steps)) * (1 - 0.98 * done)
         ids = windows(stream, recipe.batch, recipe.context, rng)
         began = time.process_time()
-        loss_of(model, ids, recipe.auxiliary).backward()
+        training_loss(model, ids, recipe.auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -177,7 +184,7 @@ def step_times(recipe: Recipe, rounds: int = 15) -> dict[str, float]:
     for turn in range(rounds + 2):
         for kind, model in models.items():
             began = time.perf_counter()
-            loss_of(model, ids, recipe.auxiliary).backward()
+            training_loss(model, ids, recipe.auxiliary).backward()
             if turn >= 2:
                 times[kind].append(time.perf_counter() - began)
     return {kind: statistics.median(found) for kind, found in times.items()}

@@ -40,6 +40,7 @@ from fxopt.passes.streams import op_name
 from fxopt.passes.technique import SettingError, Technique, nearest
 
 PARTS = ("layer", "attention", "mlp")
+_RUNNING = ("mamba", "rwkv", "deltanet", "linearattention", "linearattn", "recurrent", "retention", "shortconv")
 PREDICTORS = ("bce", "auxiliary")
 
 
@@ -154,16 +155,17 @@ class MixtureOfDepths(Technique):
         earlier: dict[str, nn.Module] = dict(before.items()) if isinstance(before, nn.ModuleDict) else {}
         unroute(module)
         chosen = nn.ModuleDict()
+        made = False
         for number, (key, stack, index) in enumerate(wanted):
             kept = earlier.get(key)
             if not isinstance(kept, Router) or not self._fits(kept, scorer):
-                kept = self._make_router(module, stack.layers[index], number, scorer)
+                kept, made = self._make_router(module, stack.layers[index], number, scorer), True
             kept.set_capacity(self.capacity)
             kept.path = f"{stack.path}.{index}"
             chosen[key] = kept
             _route(targets[key], kept, residual=self.part == "layer")
         module.add_module(ROUTERS, chosen)
-        if self.router.endswith(".safetensors"):
+        if made and self.router.endswith(".safetensors"):  # and not over what was trained since
             _load(chosen, self.router)
 
     def prepare_class(self, cls: type[nn.Module]) -> None:
@@ -204,6 +206,17 @@ class MixtureOfDepths(Technique):
 
     def _target(self, stack: ModuleStack, index: int) -> nn.Module:
         layer = stack.layers[index]
+        target = self._routed_part(layer)
+        for module in target.modules():
+            if _mixes_neighbours(module):
+                raise SettingError(
+                    f"{self}: {type(module).__name__} in {stack.path}.{index} mixes each token with its neighbours or "
+                    "with a running state, which has no meaning for tokens picked out of a sequence. Route other "
+                    "layers (layers=...) or another part."
+                )
+        return target
+
+    def _routed_part(self, layer: nn.Module) -> nn.Module:
         for module in layer.modules():
             if getattr(module, "is_causal", True) is False:
                 raise SettingError(f"{self}: {type(module).__name__} is not causal; only causal decoders are routed.")
@@ -271,6 +284,14 @@ def unroute(model: nn.Module) -> nn.Module:
     if ROUTERS in model._modules:
         del model._modules[ROUTERS]
     return model
+
+
+def _mixes_neighbours(module: nn.Module) -> bool:
+    """Whether a module is a convolution over the sequence, a recurrence, or attention by a running state."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return any(size > 1 for size in module.kernel_size)
+    name = type(module).__name__.lower()
+    return isinstance(module, nn.RNNBase) or any(part in name for part in _RUNNING)
 
 
 def _route(target: nn.Module, router: Router, *, residual: bool) -> None:

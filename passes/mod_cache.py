@@ -83,7 +83,7 @@ class RoutedLayer(DynamicLayer):
 
     def writer(self, keys: Keys, selection: Selection) -> None:
         """Nothing stands for the cache: it appends by itself."""
-        return None
+        return
 
     def writer_in_branch(self) -> Appender:
         """What the block of a branch writes to; :attr:`keys` and :attr:`values` are set afterwards."""
@@ -229,8 +229,8 @@ def routed_layer(cache: Any, index: int, stream: Tensor) -> Any:
 def _refuse_late(index: int, seen: int, before: int) -> None:
     if seen != before:
         raise SettingError(
-            f"this cache was filled while layer {index} was not routed by its predictor ({seen} of {before} tokens were "
-            "seen). Fill it in model.eval(), from the beginning."
+            f"this cache was filled while layer {index} was not routed by its predictor ({seen} of {before} tokens "
+            "were seen). Fill it in model.eval(), from the beginning."
         )
 
 

@@ -6,8 +6,8 @@ on the host and is exact. A compiled graph has branches instead (``torch.cond``)
     no cache, a prompt, a chunk    room for a little over the capacity, or every token where that overflows
     one new token on a cache       the block, or nothing where every row of the batch declines
 
-In a graph the rows that a branch writes into the cache of the layer are those of its tokens; the places of the rows that
-count are written beside it, outside of the branches, for all tokens of the call.
+In a graph a branch writes the rows of its tokens into the cache of the layer. Which rows count is written beside it,
+outside of the branches, for all tokens of the call.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.codegen import compat
+from fxopt.passes.mod_counters import observe
 from fxopt.passes.mod_reference import (
     ROUTER,
     Router,
@@ -52,12 +53,12 @@ def routed_forward(
         logits = router.logits(call.stream, score)
         member = logits > 0 if real is None else (logits > 0) & real
     if router.watched:
-        router.routes = member
+        observe(router, member, real, _seen(cache, router.cache_index))
     routed = Routed(router, block, call, score, member, residual)
     # dynamic=True makes every float of the block an input, which Dynamo cannot share between two branches.
     branches = torch.compiler.is_compiling() and torch._dynamo.config.assume_static_by_default
     if cache is not None:
-        layer = _ready(cache, router.cache_index, call.stream.shape[1]) if branches and compat.cond_may_write() else None
+        layer = _ready(cache, router.cache_index, call.stream.shape[1]) if branches else None
         # A branch that writes has no derivative.
         if layer is None or torch.is_grad_enabled():
             return routed.on_host_with_cache(cache)
@@ -78,13 +79,21 @@ def _train(router: Router, block: Any, call: Call, score: Tensor, real: Tensor |
             chosen = members(selection)
             router.observed = (router.logits(call.stream, score), chosen, real)
             if router.watched:
-                router.routes = chosen
+                observe(router, chosen, real)
     return compute(block, call, score, selection, router.path, residual=residual)
 
 
 def _layer(cache: Any, index: int | None) -> Any:
     layers = getattr(cache, "layers", ())
     return layers[index] if index is not None and index < len(layers) else None
+
+
+def _seen(cache: Any, index: int | None) -> Any:
+    """Tokens before this call, a number or a tensor; 0 where the layer of the cache is not routed yet."""
+    layer = _layer(cache, index)
+    if not getattr(layer, "routed", False):
+        return 0
+    return layer.cumulative_length if layer.static else layer.seen
 
 
 def _first_column(cache: Any, index: int | None) -> Any:
@@ -103,8 +112,10 @@ def _ready(cache: Any, index: int | None, tokens: int) -> Any:
     layer = _layer(cache, index)
     if not getattr(layer, "routed", False) or not layer.is_initialized:
         return None
+    if layer.static:
+        return layer if compat.cond_may_write() else None
     # Branches of a growing cache append the same number of rows, which for several tokens is not the number routed.
-    return layer if layer.static or tokens == 1 else None
+    return layer if tokens == 1 else None
 
 
 class Routed:

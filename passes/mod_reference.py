@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxopt.codegen import compat
-from fxopt.passes.regions import Call, Selection, ascending, padding, rows
+from fxopt.passes.regions import Call, Selection, ascending, rows
 
 ROUTERS = "fxopt_router"
 """Name of the child of the decorated model that holds the routers: ``state_dict`` keys ``fxopt_router.<layer>.*``."""
@@ -70,6 +70,8 @@ class Router(nn.Module):
         """Of the last training forward: predictor logits, membership (bool), real tokens (bool); all [B, S]."""
         self.routes: Tensor | None = None
         """Of the last forward while watched: which tokens were computed, [B, S], bool."""
+        self.counts: Tensor | None = None
+        """Tokens seen and computed while watched, by place: see :mod:`fxopt.passes.mod_counters`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """r, [B, S]: how much of the block each token gets."""
@@ -107,7 +109,7 @@ class Router(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward left behind belongs to its autograd graph and can be neither copied nor pickled.
-        return {**self.__dict__, "observed": None, "routes": None}
+        return {**self.__dict__, "observed": None, "routes": None, "counts": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -225,20 +227,6 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
             "is nothing: run the forward first, and read its loss once."
         )
     return torch.stack(losses).mean()
-
-
-@contextmanager
-def watching(model: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Record which tokens are computed: yields a function to ``{layer path: [B, S] bool}`` of the last forward."""
-    found = routers(model)
-    for router in found.values():
-        router.watched = True
-    try:
-        yield lambda: {path: router.routes for path, router in found.items() if router.routes is not None}
-    finally:
-        for router in found.values():
-            router.watched = False
-            router.routes = None
 
 
 def layer_key(stack_path: str, index: int, several: bool) -> str:
