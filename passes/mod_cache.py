@@ -85,9 +85,9 @@ class RoutedLayer(DynamicLayer):
         """Nothing stands for the cache: it appends by itself."""
         return
 
-    def writer_in_branch(self) -> Appender:
+    def appender(self, keys: Tensor, values: Tensor) -> Appender:
         """What the block of a branch writes to; :attr:`keys` and :attr:`values` are set afterwards."""
-        return Appender(self.keys, self.values)
+        return Appender(keys, values)
 
     def get_seq_length(self) -> int:
         return self.seen

@@ -226,15 +226,17 @@ class Routed:
         selection = self._only_token()
         with marked(self.router.path):
             keys = layer.advance(self.member, selection)
+        # Read here: Dynamo follows the length of a tensor from step to step where it is read outside of the branches.
+        before, values_before = layer.keys, layer.values
 
         def run() -> tuple[Tensor, Tensor, Tensor]:
-            writer = layer.writer_in_branch()
+            writer = layer.appender(before, values_before)
             output = self.stream(selection, keys._replace(cache=writer))
             return output, writer.keys, writer.values
 
         def decline() -> tuple[Tensor, Tensor, Tensor]:
-            writer = layer.writer_in_branch()
-            writer.update(torch.zeros_like(layer.keys[:, :, :1]), torch.zeros_like(layer.values[:, :, :1]))
+            writer = layer.appender(before, values_before)
+            writer.update(torch.zeros_like(before[:, :, :1]), torch.zeros_like(values_before[:, :, :1]))
             return self.declined(), writer.keys, writer.values
 
         output, layer.keys, layer.values = torch.cond(self.member.any(), run, decline, ())
