@@ -22,19 +22,6 @@ from fxopt.passes.regions import Keys, Selection
 from fxopt.passes.technique import SettingError
 
 
-class Appender:
-    """Stands for the cache in a branch of a graph: appends rows to its own keys and values, not to the layer's."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """``keys, values: [B, H, C, D]`` after what there is."""
-        self.keys = torch.cat([self.keys, keys], dim=2)
-        self.values = torch.cat([self.values, values], dim=2)
-        return self.keys, self.values
-
-
 class Writer:
     """Stands for the cache of a static layer: writes rows to their own places, ``places: [B, C]``."""
 
@@ -84,10 +71,6 @@ class RoutedLayer(DynamicLayer):
     def writer(self, keys: Keys, selection: Selection) -> None:
         """Nothing stands for the cache: it appends by itself."""
         return
-
-    def appender(self, keys: Tensor, values: Tensor) -> Appender:
-        """What the block of a branch writes to; :attr:`keys` and :attr:`values` are set afterwards."""
-        return Appender(keys, values)
 
     def get_seq_length(self) -> int:
         return self.seen

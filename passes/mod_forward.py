@@ -3,11 +3,11 @@
 What is computed once that is decided stands in :mod:`fxopt.passes.mod_reference`. In eager the number of tokens is read
 on the host and is exact. A compiled graph has branches instead (``torch.cond``)::
 
-    no cache, a prompt, a chunk    room for a little over the capacity, or every token where that overflows
-    one new token on a cache       the block, or nothing where every row of the batch declines
+    no cache; a chunk on a static cache    room for a little over the capacity, or every token where that overflows
+    one new token on a static cache        the block, or nothing where every row of the batch declines
 
-In a graph a branch writes the rows of its tokens into the cache of the layer. Which rows count is written beside it,
-outside of the branches, for all tokens of the call.
+There a branch writes the rows of its tokens into the cache of the layer. Which rows count is written beside it, outside
+of the branches, for all tokens of the call. A growing cache is written on the host, at a graph break.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def routed_forward(
     # dynamic=True makes every float of the block an input, which Dynamo cannot share between two branches.
     branches = torch.compiler.is_compiling() and torch._dynamo.config.assume_static_by_default
     if cache is not None:
-        layer = _ready(cache, router.cache_index, call.stream.shape[1]) if branches else None
+        layer = _ready(cache, router.cache_index) if branches else None
         # A branch that writes has no derivative.
         if layer is None or torch.is_grad_enabled():
             return routed.on_host_with_cache(cache)
-        return routed.with_static(layer) if layer.static else routed.with_growing(layer)
+        return routed.with_static(layer)
     if branches:
         return routed.in_branches(None)
     return routed.on_host() if torch.compiler.is_compiling() else routed.exactly(None)
@@ -107,15 +107,13 @@ def _first_column(cache: Any, index: int | None) -> Any:
     return layer.cumulative_length
 
 
-def _ready(cache: Any, index: int | None, tokens: int) -> Any:
+def _ready(cache: Any, index: int | None) -> Any:
     """The routed layer of the cache where a graph can write it: it exists, with its tensors; else None."""
     layer = _layer(cache, index)
     if not getattr(layer, "routed", False) or not layer.is_initialized:
         return None
-    if layer.static:
-        return layer if compat.cond_may_write() else None
-    # Branches of a growing cache append the same number of rows, which for several tokens is not the number routed.
-    return layer if tokens == 1 else None
+    # A growing cache has as many rows as were routed, which the host has to know.
+    return layer if layer.static and compat.cond_may_write() else None
 
 
 class Routed:
@@ -220,27 +218,6 @@ class Routed:
             return self.stream(selection, keys._replace(cache=layer.writer(keys, selection)))
 
         return self.returned(torch.cond(self.member.any(), run, self.declined, ()))
-
-    def with_growing(self, layer: Any) -> Any:
-        """One token on a growing cache: a row is appended either way, of no token where the block does not run."""
-        selection = self._only_token()
-        with marked(self.router.path):
-            keys = layer.advance(self.member, selection)
-        # Read here: Dynamo follows the length of a tensor from step to step where it is read outside of the branches.
-        before, values_before = layer.keys, layer.values
-
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            writer = layer.appender(before, values_before)
-            output = self.stream(selection, keys._replace(cache=writer))
-            return output, writer.keys, writer.values
-
-        def decline() -> tuple[Tensor, Tensor, Tensor]:
-            writer = layer.appender(before, values_before)
-            writer.update(torch.zeros_like(before[:, :, :1]), torch.zeros_like(values_before[:, :, :1]))
-            return self.declined(), writer.keys, writer.values
-
-        output, layer.keys, layer.values = torch.cond(self.member.any(), run, decline, ())
-        return self.returned(output)
 
     def _only_token(self) -> Selection:
         return Selection(torch.zeros_like(self.member, dtype=torch.int64), self.member, self.length)

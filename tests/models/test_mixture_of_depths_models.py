@@ -152,11 +152,10 @@ def test_static_cache_step_by_step_is_all_at_once(name, batch):
             cache.reset()
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled_decode_is_one_graph(eager_lowering, name, kind):
+def test_compiled_decode_is_one_graph(eager_lowering, name):
     """Steps on a cache that a prompt has filled: no graph break, the same logits as all at once, blocks skipped."""
-    from transformers import DynamicCache, StaticCache
+    from transformers import StaticCache
 
     model, inputs = made(name, training=False, batch=2, length=16, layers=(0, 1))
     ids = inputs["input_ids"]
@@ -165,10 +164,7 @@ def test_compiled_decode_is_one_graph(eager_lowering, name, kind):
         chosen = routes()
     declined = sum(int((~taken[:, 8:]).all(0).sum()) for taken in chosen.values())
     with torch.no_grad():
-        cache = (
-            StaticCache(config=model.config, max_cache_len=24) if kind == "static"
-            else DynamicCache(config=model.config)
-        )  # fmt: skip
+        cache = StaticCache(config=model.config, max_cache_len=24)
         model(input_ids=ids[:, :8], past_key_values=cache)
         fxopt.compile(model, strict=True)
         torch._dynamo.utils.counters.clear()
@@ -181,15 +177,14 @@ def test_compiled_decode_is_one_graph(eager_lowering, name, kind):
     assert declined  # a step in which the block was skipped is among them
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_a_compiled_step_that_declines_does_not_run_the_block(eager_lowering, kind):
+def test_a_compiled_step_that_declines_does_not_run_the_block(eager_lowering):
     """The block's weights are poisoned: had it run, its keys in the cache were NaN."""
-    from transformers import DynamicCache, StaticCache
+    from transformers import StaticCache
 
     model, inputs = made("llama", training=False, batch=2, length=9)
     ids = inputs["input_ids"]
     with torch.no_grad():
-        cache = StaticCache(config=model.config, max_cache_len=12) if kind == "static" else DynamicCache()
+        cache = StaticCache(config=model.config, max_cache_len=12)
         model(input_ids=ids[:, :8], past_key_values=cache)
         for parameter in model.model.layers[1].parameters():
             parameter.fill_(torch.nan)
