@@ -30,7 +30,7 @@ class Writer:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """``keys, values: [B, H, C, D]``; rows of fillers are written as well, to places of no token."""
-        layer = self.layer
+        layer: Any = self.layer
         if not layer.is_initialized:
             layer.lazy_initialization(keys, values)
         places = self.places[:, None, :, None]
@@ -168,7 +168,7 @@ class RoutedStaticLayer(StaticLayer):
         self.cumulative_length_int = 0
         self.positions.fill_(-1)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         if self.is_initialized:
             super().reorder_cache(beam_idx)
         self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))

@@ -51,8 +51,8 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
     with progress_bar("mixture of depths", 4 * rounds) as step:
         for case, call in (("forward", _forward), ("forward and backward", _step)):
             peers = [
-                Peer(PEERS[0], lambda call=call: call(dense, ids)),
-                Peer(PEERS[1], lambda call=call: call(routed, ids), lambda: _forward(routed, ids)),
+                Peer(PEERS[0], functools.partial(call, dense, ids)),
+                Peer(PEERS[1], functools.partial(call, routed, ids), lambda: _forward(routed, ids)),
             ]
             check_equal([reference, peers[1]], tolerance=1e-4)
             rows = measure(f"{case} {tokens}", peers, rounds=rounds, device=device, progress=step)

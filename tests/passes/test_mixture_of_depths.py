@@ -493,6 +493,17 @@ def test_layer_skip_of_a_routed_model(eager_lowering, skipped):
     torch.testing.assert_close(model(**inputs), twin(**inputs))
 
 
+def test_layer_skip_does_not_count_a_stack_that_a_branch_has_cut(eager_lowering):
+    model = MixtureOfDepths(0.25, layers=(3,))(Handwritten(layers=5)).eval()
+    routers(model)["layers.3"].trained = True
+    ids = inputs_for("handwritten", model, length=S)["ids"]
+    expected = model.forward(ids)
+    fxopt.compile(model, fxopt.LayerSkip(speedup=2))
+    with torch.no_grad(), pytest.warns(UserWarning, match="did not act"):
+        torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)
+    assert "FX105" in {r.code for r in fxopt.report(model).remarks if r.technique == "layer_skip"}
+
+
 def test_the_report_tells_what_was_routed(eager_lowering):
     model, inputs = made(training=False)
     fxopt.compile(model, strict=True)
