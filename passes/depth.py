@@ -81,7 +81,7 @@ def is_partial(stack: Stack, graph: fx.Graph) -> bool:
 
 def _routed_elsewhere(stack: Stack, graph: fx.Graph) -> bool:
     """Whether a routed layer with the stack's container is not among the layers of the stack."""
-    paths = {(node.meta.get("custom") or {}).get(ROUTED) for node in graph.nodes} - {None}
+    paths = {path for node in graph.nodes if (path := (node.meta.get("custom") or {}).get(ROUTED))}
     found = {f".{layer.path}" for layer in stack.layers}
     return any(
         f".{stack.path}".endswith(f".{path.rpartition('.')[0]}") and not any(f.endswith(f".{path}") for f in found)
