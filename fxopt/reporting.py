@@ -17,6 +17,7 @@ from torch import nn
 from fxopt.codegen import compat
 from fxopt.codegen.files import write_whole
 from fxopt.passes import exit_counters
+from fxopt.passes.mod_counters import routing, routing_lines
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, KernelRecord, Remark, Stage
 from fxopt.passes.run_counters import read_all
 from fxopt.passes.technique import SettingError, Technique, nearest
@@ -78,8 +79,17 @@ class Lazy:
 class Report:
     """What was done to one model: its compiled graphs with stages, remarks and kernels."""
 
-    def __init__(self, graphs: Iterable[GraphRecord], environment: dict[str, str] | None = None) -> None:
+    routing: dict[str, dict[str, Any]]
+    """Tokens that mixture of depths computed, by layer path, where the model was watched: ``passes/mod_counters``."""
+
+    def __init__(
+        self,
+        graphs: Iterable[GraphRecord],
+        environment: dict[str, str] | None = None,
+        routing: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
         self.graphs: tuple[GraphRecord, ...] = tuple(graphs)
+        self.routing = routing or {}
         self.environment = environment or _environment()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -107,7 +117,10 @@ class Report:
         """One block of text per graph, at most 100 columns wide."""
         if not self.graphs:
             return "fxopt: nothing has been compiled yet"
-        return "\n".join(graph_summary(graph) for graph in self.graphs)
+        blocks = [graph_summary(graph) for graph in self.graphs]
+        if self.routing:
+            blocks += ["tokens computed by routed layers, while watched:", *routing_lines(self.routing)]
+        return "\n".join(blocks)
 
     def why(self, technique: str, module_path: str = "") -> str:
         """One paragraph: what happened to `technique` at `module_path` (or everywhere), why, and what to do."""
@@ -134,6 +147,7 @@ class Report:
             "schema_version": SCHEMA_VERSION,
             "environment": self.environment,
             "graphs": [graph.to_dict() for graph in self.graphs],
+            **({"routing": self.routing} if self.routing else {}),
         }
 
     def to_json(self, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -157,7 +171,8 @@ class Report:
                 "write it again with the installed version"
             )
         try:
-            return cls([GraphRecord.from_dict(g) for g in data["graphs"]], dict(data["environment"]))
+            graphs = [GraphRecord.from_dict(g) for g in data["graphs"]]
+            return cls(graphs, dict(data["environment"]), data.get("routing"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the report is damaged: {type(error).__name__}: {error}") from error
 
@@ -202,6 +217,7 @@ def report(model: nn.Module | None = None) -> Report:
     for candidate in reversed(found):
         last = candidate.graphs[-1]
         if (owner and last.owner == owner) or (not last.owner and ids & last.modules):
+            candidate.routing = routing(model)
             return candidate
     return Report([])
 

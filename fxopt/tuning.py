@@ -1,9 +1,9 @@
 """``fxopt.tune``: run a text through a model, watch what happens, and write a recipe.
 
-It calibrates (``goal=None``): for each attention module and KV head the range of its softmax inputs, and that of its row
-maxima, which :class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282, section 3).
-Where phi then stands, and whether there is one, depends on the dtype and is decided in the pass. And it solves the
-threshold of :class:`fxopt.EarlyExit` (``goal="agreement=0.97"``), see :mod:`fxopt.exit_tuning`.
+It calibrates (``goal=None``): for each attention module and KV head the range of its softmax inputs, and that of its
+row maxima, which :class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282,
+section 3). Where phi then stands, and whether there is one, depends on the dtype and is decided in the pass. And it
+solves the threshold of :class:`fxopt.EarlyExit` (``goal="agreement=0.97"``), see :mod:`fxopt.exit_tuning`.
 """
 
 from __future__ import annotations
