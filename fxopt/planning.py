@@ -123,7 +123,7 @@ def _shape(node: fx.Node) -> Any:
 
 def _example(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = ((), _default_inputs(model, device)) if inputs is None else _moved(inputs, device)
+    args, kwargs = ((), default_inputs(model, device)) if inputs is None else _moved(inputs, device)
     accepted = inspect.signature(model.forward).parameters
     if device.type == "meta" and "use_cache" in accepted and not kwargs.get("past_key_values"):
         # A cache made inside of the call starts from torch.tensor([]), which Dynamo cannot trace on the meta device.
@@ -144,7 +144,8 @@ def _moved(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
 
 
-def _default_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
+def default_inputs(model: nn.Module, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Keyword arguments of one forward: token ids ``[1, 32]`` 0 to 31, or zeros of the configured image size."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
     if getattr(config, "image_size", None) and not getattr(text, "vocab_size", None):
@@ -155,7 +156,7 @@ def _default_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
             f"plan cannot guess the inputs of {type(model).__name__}: give inputs={{...}}, the keyword arguments of "
             "one forward (meta tensors will do)."
         )
-    ids = torch.zeros(1, 32, dtype=torch.long, device=device)
+    ids = torch.arange(32, device=device).remainder(text.vocab_size)[None]
     return {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})}
 
 
