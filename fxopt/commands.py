@@ -44,7 +44,7 @@ def techniques_of(settings: list[str] | None) -> list[Technique]:
         try:
             technique = as_technique(check_technique_name(name.strip()), json.loads(fields) if fields else True)
         except json.JSONDecodeError as error:
-            fail(f"--set {text!r}: the part after = is JSON, such as {{\"speedup\": 1.5}}: {error}")
+            fail(f'--set {text!r}: the part after = is JSON, such as {{"speedup": 1.5}}: {error}')
         except SettingError as error:
             fail(str(error))
         else:
@@ -161,7 +161,7 @@ def evaluate(
 
 @app.command(help=COMMANDS["bench"])
 def bench(
-    suite: Annotated[str, typer.Argument(help="overhead, depth.")],
+    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, recorder.")],
     technique: Annotated[str, typer.Option(help="For depth: the technique to measure.")] = "layer_skip",
     device: Device = "cpu",
     quick: Quick = False,

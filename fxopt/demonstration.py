@@ -103,5 +103,3 @@ def _agreement(expected: torch.Tensor, found: torch.Tensor, prompt: int) -> str:
     same = (expected[:, prompt:length] == found[:, prompt:length]).sum().item()
     total = expected.shape[1] - prompt
     return "identical" if same == total else f"{same} of {total}"
-
-

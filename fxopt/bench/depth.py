@@ -28,9 +28,7 @@ def run(*, device: str = "cpu", quick: bool = False, technique: str = "layer_ski
     layers, width, prompt, rounds = (4, 256, 64, 5) if quick else (12, 768, 512, 15)
     model = llama(layers, width, heads=width // 64, kv_heads=width // 64 // 4 or 1).to(device)
     skip = LayerSkip(speedup=2)
-    result = Result(
-        "depth", f"fxopt bench depth{' --quick' if quick else ''} --device {device}", environment(device)
-    )
+    result = Result("depth", f"fxopt bench depth{' --quick' if quick else ''} --device {device}", environment(device))
     deleted = reference(model, skip)
     full = copy.deepcopy(model)
     fxopt_compile(model, skip)

@@ -19,6 +19,7 @@ from fxopt.passes.reasons import REASONS
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, NodeRow, Remark, Stage
 
 if TYPE_CHECKING:
+    from fxopt.inspection.behaviour import Picture
     from fxopt.reporting import Report
 
 LIMIT = 3_000_000
@@ -37,7 +38,7 @@ class MissingExtra(ImportError):
     """A package of an optional extra is not installed."""
 
 
-def page(report: Report, *, limit: int = LIMIT) -> str:
+def page(report: Report, *, limit: int = LIMIT, pictures: Iterable[Picture] = ()) -> str:
     """The page as text; equal reports give equal pages.
 
     Raises:
@@ -47,9 +48,10 @@ def page(report: Report, *, limit: int = LIMIT) -> str:
     styles = _asset("report.css")
     script = "".join(map(_asset, ("report_model.js", "report_view.js", "report_nav.js")))
     fixed = len(styles) + len(script) + 8_000
+    drawn = [vars(picture) for picture in pictures]
     data = ""
     for level in range(len(TRIMMED) + 1):
-        data = embedded(payload(report, level))
+        data = embedded({**payload(report, level), "pictures": drawn})
         if len(data) + fixed <= limit:
             break
     return template.render(

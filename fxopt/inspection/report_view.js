@@ -294,3 +294,27 @@ function folder(graph, table, path, count, note) {
 }
 
 const nodeLine = (graph, node) => el("div.node", {}, nodeLink(graph, node), callOf(node, 120), shapeOf(node));
+
+// -- pictures of behaviour ------------------------------------------------------------------------------------------
+
+function picturesBlock(pictures) {
+  if (!pictures.length) return null;
+  return el("section.graph", { id: "behaviour" }, el("h2", {}, "Behaviour"), pictures.map(p =>
+    el("figure.picture", {}, el("figcaption", {}, p.title), p.kind === "histogram" ? histogram(p) : shades(p))));
+}
+
+function histogram(p) {
+  const most = Math.max(...p.values[0], 1), all = p.values[0].reduce((a, b) => a + b, 0) || 1;
+  return el("table.plain.histogram", {}, el("tbody", {}, p.columns.map((name, i) => el("tr", {},
+    el("th", { scope: "row" }, name),
+    el("td", {}, el("i", { style: `width:${(18 * p.values[0][i] / most).toFixed(2)}rem` }),
+      ` ${number(p.values[0][i])} (${Math.round(100 * p.values[0][i] / all)}%)`)))));
+}
+
+function shades(p) {
+  return el("div.shades", { role: "table", style: `grid-template-columns:max-content repeat(${p.columns.length}, minmax(3px, 1fr))` },
+    p.rows.map((row, r) => [el("span.name", {}, row), p.columns.map((column, c) => {
+      const words = `${row}, ${column}: ${Math.round(100 * p.values[r][c])}%`;
+      return el("i", { style: `opacity:${(0.06 + 0.94 * p.values[r][c]).toFixed(3)}`, title: words, "aria-label": words });
+    })]));
+}
