@@ -151,7 +151,7 @@ def _recompiles(model: nn.Module) -> list[Finding]:
     elif getattr(config, "max_cache_len", None) is None:
         findings.append(
             Finding("note", "expected compilations: a longer prompt makes a longer static cache and compiles again; "
-                    "a fixed length does not", "model.generation_config.max_cache_len = 4096    # prompt and new tokens")
+                    "a fixed length does not", "model.generation_config.max_cache_len = 4096    # prompt + new")
         )  # fmt: skip
     else:
         what = f"expected compilations: prompt and step once each (cache of {config.max_cache_len})"
