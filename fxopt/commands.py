@@ -92,6 +92,7 @@ def plan(
     json_path: Json = None,
     html: Annotated[pathlib.Path | None, typer.Option(help="Write the page.")] = None,
 ) -> None:
+    from fxopt.inspection.views import kernels
     from fxopt.planning import plan as make_plan
 
     if (model is None) == (model_config is None):
@@ -102,6 +103,8 @@ def plan(
     except SettingError as error:
         fail(str(error))
     print(report.summary())
+    if report.kernels:
+        print(kernels(report).text())
     if json_path is not None:
         report.to_json(json_path)
     if html is not None:

@@ -15,9 +15,10 @@ from fxopt import reporting
 from fxopt.backend import describe, run_passes
 from fxopt.codegen import compat, roofline
 from fxopt.compiler import Given, settle
+from fxopt.kernel_plan import cross_compiled
 from fxopt.options import Settings
 from fxopt.passes.provenance import number_nodes
-from fxopt.passes.record import GraphRecord, Recorder, Remark
+from fxopt.passes.record import EffectiveSetting, GraphRecord, Recorder, Remark
 from fxopt.passes.technique import SettingError, nearest
 from fxopt.reporting import Report
 
@@ -41,7 +42,9 @@ def plan(
             ``[1, 32]`` for a Hugging Face text model, zeros of the configured image size for a vision model. Only
             shapes and types matter: tensors are moved to the model's device, from or to meta. A Hugging Face model
             on the meta device is planned with ``use_cache=False`` unless a cache is handed in.
-        target: name of a device in the roofline's table (``"h200"``): adds lower bounds of the time there.
+        target: name of a device in the roofline's table (``"h200"``): adds lower bounds of the time there, and
+            the kernels of linears for it, cross-compiled (a second or two each), with registers, spills and shared
+            memory.
 
     Raises:
         SettingError: for a setting that is misspelt or cannot be applied to this model.
@@ -75,6 +78,8 @@ def _dry(settings: Settings, model: str, device: roofline.Device | None, graphs:
         gm, _, _ = run_passes(gm, record, recorder, settings)
         if device is not None:
             record.remarks.append(Remark(ESTIMATE, "analysis", "", _estimate(before, work(gm.graph), device)))
+            record.settings.append(EffectiveSetting("target", device.name, "plan"))
+            cross_compiled(gm.graph, record, device)
         record.seconds = time.perf_counter() - started
         return answer
 

@@ -1,4 +1,4 @@
-"""TORCH_TRACE artifacts, equal bytes from separate processes, a plan of 32 layers in the browser, errors in each pass."""
+"""TORCH_TRACE artifacts, equal bytes in separate processes, a plan of 32 layers in the browser, errors in each pass."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 import fxopt
 from fxopt import LayerSkip
 from fxopt.inspection.numerics import numerics
+from fxopt.inspection.work import work
 from fxopt.passes import order
 from fxopt.passes.technique import Technique
 from fxopt.testing import TINY
@@ -97,3 +98,24 @@ def test_an_error_in_any_pass_is_bisected_to_it(name, monkeypatch):
         pytest.skip(f"{name} does not run on this model by itself")
     assert numbers.first == name and numbers.culprit is not None and "planted" in numbers.culprit.made
     assert dataclasses.asdict(numbers.culprit)["source"]
+
+
+def test_a_plan_has_kernels_for_its_target_and_the_work_of_each_component():
+    pytest.importorskip("triton")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=1024, num_hidden_layers=2, num_attention_heads=8,
+                                      num_key_value_heads=2, intermediate_size=2048, vocab_size=512)  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    report = fxopt.plan(model, inputs={"input_ids": torch.zeros(1, 1, dtype=torch.long)}, target="h200")
+    assert report.kernels
+    for kernel in report.kernels:
+        assert kernel.resources["target"] == "sm_90" and kernel.modules and "@triton.jit" in kernel.source
+        assert any(key.endswith("registers") and value > 0 for key, value in kernel.resources.items())
+        assert any(key.endswith("assembly") and ".target sm_90" in value for key, value in kernel.resources.items())
+    found = work(report.graphs[0], report.environment)
+    rows = {row[0]: row for row in found["rows"]}
+    assert found["device"] == "H200"
+    _, places, flops, moved, seconds, bound = rows["model.layers.*.mlp.down_proj"]
+    assert (places, flops) == (2, 2 * 2.0 * 1024 * 2048) and bound == "memory"
+    assert moved == 2 * 2 * (1024 * 2048 + 1024 + 2048) and seconds == pytest.approx(moved / 4.8e12)
