@@ -135,8 +135,8 @@ def _recompiles(model: nn.Module) -> list[Finding]:
     """What was compiled more than once, and what will be."""
     findings = []
     graphs = report(model).graphs
-    roles = [(graph.model, graph.role, graph.nodes_before) for graph in graphs]
-    again = len(roles) - len(set(roles))
+    # Dynamo's compile id is frame/attempt: every attempt after 0 had a guard fail before it.
+    again = sum(graph.compile_id.partition("/")[2].split("_")[0] not in ("", "0") for graph in graphs)
     if again:
         findings.append(Finding("note", f"{len(graphs)} graphs were compiled, {again} of them again for other shapes",
                                 "TORCH_LOGS=recompiles python your_script.py"))  # fmt: skip
