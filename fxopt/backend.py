@@ -18,7 +18,7 @@ from fxopt.codegen import compat
 from fxopt.options import Setting, Settings, parse_options
 from fxopt.passes import order
 from fxopt.passes.context import PassContext
-from fxopt.passes.provenance import module_stack, name_modules, number_nodes
+from fxopt.passes.provenance import first_place, module_stack, name_modules, number_nodes
 from fxopt.passes.record import GraphRecord, Recorder, Remark
 from fxopt.passes.rewriter import verify
 from fxopt.passes.technique import PassError, SettingError
@@ -129,7 +129,8 @@ def run_passes(
             for setting, _ in reach:
                 if setting.kind != "default":
                     settings.refuse_conflict(setting.technique, setting.origin)
-            record.remarks.append(Remark(name, "blocked", "", f"disable={name!r}", "FX501"))
+            path, line = first_place(gm.graph, reach[0][1])
+            record.remarks.append(Remark(name, "blocked", path, f"disable={name!r}", "FX501", line))
         elif reach:
             acting.append(name)
     for name in acting:
@@ -179,8 +180,9 @@ def run_pass(
         gm.graph = kept_graph
         code = "FX902" if isinstance(error, PassError) else "FX901"
         where = next((r.path for r in context.remarks if r.path), "")
+        path, line = (where, "") if where else first_place(gm.graph, covers)
         message = f"{type(error).__name__}: {error}"
-        record.remarks.append(Remark(technique.name, "blocked", where, message, code))
+        record.remarks.append(Remark(technique.name, "blocked", path, message, code, line))
         warn_once(
             f"fxopt: pass {technique.name!r} failed{f' at {where}' if where else ''} and left the graph as it was "
             f"({message}). The model runs without it; disable=({technique.name!r},) silences this, strict=True raises."

@@ -44,7 +44,7 @@ def techniques_of(settings: list[str] | None) -> list[Technique]:
         try:
             technique = as_technique(check_technique_name(name.strip()), json.loads(fields) if fields else True)
         except json.JSONDecodeError as error:
-            fail(f"--set {text!r}: the part after = is JSON, such as {{\"speedup\": 1.5}}: {error}")
+            fail(f'--set {text!r}: the part after = is JSON, such as {{"speedup": 1.5}}: {error}')
         except SettingError as error:
             fail(str(error))
         else:
@@ -92,6 +92,7 @@ def plan(
     json_path: Json = None,
     html: Annotated[pathlib.Path | None, typer.Option(help="Write the page.")] = None,
 ) -> None:
+    from fxopt.inspection.views import kernels
     from fxopt.planning import plan as make_plan
 
     if (model is None) == (model_config is None):
@@ -102,6 +103,8 @@ def plan(
     except SettingError as error:
         fail(str(error))
     print(report.summary())
+    if report.kernels:
+        print(kernels(report).text())
     if json_path is not None:
         report.to_json(json_path)
     if html is not None:
@@ -163,7 +166,7 @@ def evaluate(
 
 @app.command(help=COMMANDS["bench"])
 def bench(
-    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step.")],
+    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step, recorder.")],
     technique: Annotated[str, typer.Option(help="For depth: the technique to measure.")] = "layer_skip",
     device: Device = "cpu",
     quick: Quick = False,

@@ -8,6 +8,7 @@ import inspect
 import os
 import platform
 import shutil
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from fxopt.codegen import compat
-from fxopt.reporting import owner_of
+from fxopt.reporting import owner_of, report
 
 KERNELS_NOT_YET_RUN_ON_A_GPU = ("attention (split-KV decode)", "gemm (GEMV, flat GEMM)")
 
@@ -114,8 +115,64 @@ def examine_model(model: nn.Module) -> list[Finding]:
                                 "fxopt.compile(model)"))  # fmt: skip
     else:
         findings.append(Finding("problem", f"{name} is not compiled: generate() runs eagerly", "fxopt.compile(model)"))
-    findings += _generation(model)
+    return [*findings, *_generation(model), *_masks(model), *_recompiles(model), *_hub_kernels(model)]
+
+
+def _masks(model: nn.Module) -> list[Finding]:
+    """An attention function without a mask function of the same name gets no mask at all: padding is attended to."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    masking = sys.modules.get("transformers.masking_utils")
+    known = getattr(masking, "ALL_MASK_ATTENTION_FUNCTIONS", None)
+    if not isinstance(name, str) or known is None or name in known.valid_keys():
+        return []
+    return [
+        Finding("problem", f"attn_implementation={name!r} has no mask function of its name: causal and padding masks "
+                "are dropped without a word", f"AttentionMaskInterface.register({name!r}, sdpa_mask)")
+    ]  # fmt: skip
+
+
+def _recompiles(model: nn.Module) -> list[Finding]:
+    """What was compiled more than once, and what will be."""
+    findings = []
+    graphs = report(model).graphs
+    # Dynamo's compile id is frame/attempt: every attempt after 0 had a guard fail before it.
+    again = sum(graph.compile_id.partition("/")[2].split("_")[0] not in ("", "0") for graph in graphs)
+    if again:
+        findings.append(Finding("note", f"{len(graphs)} graphs were compiled, {again} of them again for other shapes",
+                                "TORCH_LOGS=recompiles python your_script.py"))  # fmt: skip
+    config: Any = getattr(model, "generation_config", None)
+    if config is None:
+        return findings
+    if getattr(config, "cache_implementation", None) is None:
+        findings.append(
+            Finding("note", "expected compilations: three with a DynamicCache (prompt, first step, growing lengths), "
+                    "one more for another batch size", "model.generation_config.cache_implementation = 'static'")
+        )  # fmt: skip
+    elif getattr(config, "max_cache_len", None) is None:
+        findings.append(
+            Finding("note", "expected compilations: a longer prompt makes a longer static cache and compiles again; "
+                    "a fixed length does not", "model.generation_config.max_cache_len = 4096    # prompt + new")
+        )  # fmt: skip
+    else:
+        what = f"expected compilations: prompt and step once each (cache of {config.max_cache_len})"
+        findings.append(Finding("ok", f"{what}, one more for another batch size"))
     return findings
+
+
+def _hub_kernels(model: nn.Module) -> list[Finding]:
+    """Modules whose forward comes from the kernels hub are opaque: their arithmetic is not in the graph."""
+    opaque = [
+        path for path, module in model.named_modules()
+        if str(getattr(module.forward, "__module__", "")).split(".")[0] in ("kernels", "transformers_modules_kernels")
+        or type(module).__module__.split(".")[0] == "kernels"
+    ]  # fmt: skip
+    if not opaque and not getattr(model, "use_kernels", False):
+        return []
+    where = f": {opaque[0]}{f' and {len(opaque) - 1} more' if len(opaque) > 1 else ''}" if opaque else ""
+    return [
+        Finding("note", f"kernels of the hub replace modules{where}; what they compute is hidden from passes",
+                "from_pretrained(..., use_kernels=False)")
+    ]  # fmt: skip
 
 
 def _generation(model: nn.Module) -> list[Finding]:

@@ -15,9 +15,10 @@ from fxopt import reporting
 from fxopt.backend import describe, run_passes
 from fxopt.codegen import compat, roofline
 from fxopt.compiler import Given, settle
+from fxopt.kernel_plan import cross_compiled
 from fxopt.options import Settings
 from fxopt.passes.provenance import number_nodes
-from fxopt.passes.record import GraphRecord, Recorder, Remark
+from fxopt.passes.record import EffectiveSetting, GraphRecord, Recorder, Remark
 from fxopt.passes.technique import SettingError, nearest
 from fxopt.reporting import Report
 
@@ -41,7 +42,9 @@ def plan(
             ``[1, 32]`` for a Hugging Face text model, zeros of the configured image size for a vision model. Only
             shapes and types matter: tensors are moved to the model's device, from or to meta. A Hugging Face model
             on the meta device is planned with ``use_cache=False`` unless a cache is handed in.
-        target: name of a device in the roofline's table (``"h200"``): adds lower bounds of the time there.
+        target: name of a device in the roofline's table (``"h200"``): adds lower bounds of the time there, and
+            the kernels of linears for it, cross-compiled (a second or two each), with registers, spills and shared
+            memory.
 
     Raises:
         SettingError: for a setting that is misspelt or cannot be applied to this model.
@@ -75,6 +78,8 @@ def _dry(settings: Settings, model: str, device: roofline.Device | None, graphs:
         gm, _, _ = run_passes(gm, record, recorder, settings)
         if device is not None:
             record.remarks.append(Remark(ESTIMATE, "analysis", "", _estimate(before, work(gm.graph), device)))
+            record.settings.append(EffectiveSetting("target", device.name, "plan"))
+            cross_compiled(gm.graph, record, device)
         record.seconds = time.perf_counter() - started
         return answer
 
@@ -123,7 +128,7 @@ def _shape(node: fx.Node) -> Any:
 
 def _example(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = ((), _default_inputs(model, device)) if inputs is None else _moved(inputs, device)
+    args, kwargs = ((), default_inputs(model, device)) if inputs is None else _moved(inputs, device)
     accepted = inspect.signature(model.forward).parameters
     if device.type == "meta" and "use_cache" in accepted and not kwargs.get("past_key_values"):
         # A cache made inside of the call starts from torch.tensor([]), which Dynamo cannot trace on the meta device.
@@ -144,7 +149,8 @@ def _moved(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
 
 
-def _default_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
+def default_inputs(model: nn.Module, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Keyword arguments of one forward: token ids ``[1, 32]`` 0 to 31, or zeros of the configured image size."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
     if getattr(config, "image_size", None) and not getattr(text, "vocab_size", None):
@@ -155,7 +161,7 @@ def _default_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
             f"plan cannot guess the inputs of {type(model).__name__}: give inputs={{...}}, the keyword arguments of "
             "one forward (meta tensors will do)."
         )
-    ids = torch.zeros(1, 32, dtype=torch.long, device=device)
+    ids = torch.arange(32, device=device).remainder(text.vocab_size)[None]
     return {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})}
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import threading
 import weakref
 from collections import deque
@@ -150,15 +151,20 @@ class Report:
             **({"routing": self.routing} if self.routing else {}),
         }
 
-    def to_json(self, path: str | os.PathLike[str]) -> pathlib.Path:
-        """Write the report as JSON; returns the path."""
-        return write_whole(path, json.dumps(self.to_dict(), indent=1, sort_keys=True, default=str) + "\n")
+    def to_json(self, path: str | os.PathLike[str], *, times: bool = True) -> pathlib.Path:
+        """Write the report as JSON; returns the path. Without `times`, equal input gives equal bytes."""
+        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, default=str) + "\n"
+        if not times:
+            text = re.sub(r'("(?:inductor_)?seconds": )[0-9.e-]+', r"\g<1>0.0", text)
+        return write_whole(path, text)
 
-    def to_html(self, path: str | os.PathLike[str]) -> pathlib.Path:
-        """Write the report as one self-contained page; returns the path."""
+    def to_html(self, path: str | os.PathLike[str], pictures: Iterable[Any] = ()) -> pathlib.Path:
+        """Write the report as one self-contained page; returns the path. `pictures`: what
+        :func:`fxopt.inspection.behaviour.pictures` saw; the depths counted in this process are in it anyway."""
+        from fxopt.inspection.behaviour import counted
         from fxopt.inspection.html import page
 
-        return write_whole(path, page(self))
+        return write_whole(path, page(self, pictures=[*counted(self), *pictures]))
 
     @classmethod
     def from_dict(cls, data: Any) -> Report:

@@ -7,7 +7,7 @@ AOTAutograd carries down to the ATen graph.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import fx
 
@@ -112,6 +112,17 @@ def stamp(node: fx.Node, sources: Iterable[fx.Node], pass_name: str, number: int
     custom[PASS] = pass_name
     node.meta["custom"] = custom
     node.meta.setdefault("from_node", first.meta.get("from_node", []))
+
+
+def first_place(graph: fx.Graph, covers: Callable[[fx.Node], bool] | None = None) -> tuple[str, str]:
+    """(module path, source line) of the first call that has both: where a remark about a whole graph points to."""
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output") or (covers is not None and not covers(node)):
+            continue
+        path, line = module_path(node), source_line(node)
+        if path and line:
+            return path, line
+    return "", ""
 
 
 def orphans(graph: fx.Graph) -> list[fx.Node]:

@@ -30,7 +30,7 @@ def run(*, device: str = "cpu", quick: bool = False, technique: str = "layer_ski
         suite: Result = importlib.import_module(f"fxopt.bench.{SUITES[technique]}").run(device=device, quick=quick)
         return suite
     if technique != "layer_skip":
-        raise ValueError(f"no suite for technique {technique!r}; there are 'layer_skip', {', '.join(map(repr, SUITES))}.")
+        raise ValueError(f"no suite for technique {technique!r}; there are 'layer_skip', {', '.join(SUITES)}.")
     layers, width, prompt, rounds = (4, 256, 64, 5) if quick else (12, 768, 512, 15)
     model = llama(layers, width, heads=width // 64, kv_heads=width // 64 // 4 or 1).to(device)
     skip = LayerSkip(speedup=2)

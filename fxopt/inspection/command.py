@@ -3,43 +3,76 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+VIEWS = ("summary", "why", "diff", "stages", "kernels", "numerics", "repro", "explain")
+"""What ``--view`` takes."""
+
+SHORTFALL, MISUSE, SCRIPT_FAILED = 1, 2, 3
+"""Exit codes besides 0: an expectation does not hold, or a pass diverges; bad input; the script failed."""
+
 
 def inspect(
     context: typer.Context,
-    source: Annotated[pathlib.Path | None, typer.Argument(help="A saved report (.json).")] = None,
-    view: Annotated[str, typer.Option(help="summary, why, diff, kernels, explain.")] = "summary",
+    source: Annotated[
+        str | None, typer.Argument(help="A saved report (.json) or a script (.py); for numerics, a model too.")
+    ] = None,
+    view: Annotated[str, typer.Option(help=", ".join(VIEWS) + ".")] = "summary",
     technique: Annotated[str, typer.Option(help="For why.")] = "",
     path: Annotated[str, typer.Option(help="For why: a module path.")] = "",
     other: Annotated[pathlib.Path | None, typer.Option(help="For diff: the second report.")] = None,
     code: Annotated[str, typer.Option(help="For explain: a reason code.")] = "",
+    graph: Annotated[int, typer.Option(help="For stages and repro: number of the graph, 0 is the first.")] = 0,
+    stage: Annotated[int, typer.Option(help="For repro: the stage, -1 is the last. For stages: the later one.")] = -1,
+    since: Annotated[int, typer.Option(help="For stages: the earlier one, 0 is the captured graph.")] = 0,
+    kernel: Annotated[str, typer.Option(help="For repro: only what this kernel computes.")] = "",
+    minify: Annotated[bool, typer.Option(help="For repro: make it small. Runs the recorded code.")] = False,
+    tolerance: Annotated[float, typer.Option(help="For repro: how far compiled may be from eager.")] = 1e-3,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="For numerics: a technique. Repeatable.")] = None,
+    passes: Annotated[str, typer.Option(help="For numerics: so many passes, or only these names (a,b).")] = "",
     expect: Annotated[list[str] | None, typer.Option(help='Exit with 1 unless it holds, e.g. "layer_skip>=1".')] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[pathlib.Path | None, typer.Option(help="Write the page.")] = None,
     save: Annotated[pathlib.Path | None, typer.Option(help="Save the report as JSON.")] = None,
 ) -> None:
-    """Everything after ``--`` is a script with its arguments: ``fxopt inspect -- script.py 3``."""
+    """Look at what was compiled.
+
+    Everything after ``--`` is a script with its arguments: ``fxopt inspect -- script.py 3``. Exit codes: 0 it is as
+    asked, 1 an expectation does not hold or a pass diverges, 2 bad input, 3 the script failed (what it compiled before
+    is shown all the same).
+    """
     from fxopt.inspection import views
 
+    if view not in VIEWS:
+        _fail(f"there is no view {view!r}: {', '.join(VIEWS)}.")
     try:
         if view == "explain":
             _show(views.explain(code), as_json)
             return
-        if source is not None and source.suffix == ".py":
-            report = views.run_script(source, context.args)
-        elif source is not None:
-            report = views.load(source)  # type: ignore[assignment]
-        else:
-            _fail("inspect needs a saved report, or a script after --: fxopt inspect -- script.py args")
+        if view == "numerics":
+            numbers = _numerics(source, context.args, set_, passes)
+            _show(numbers.view, as_json)
+            if numbers.first:
+                raise typer.Exit(SHORTFALL)
+            return
+        with _recording("full" if view == "repro" else ""):
+            report = _report(source, context.args)
+        # Saved before it is shown: a view that cannot be made must not lose what a script compiled.
+        if save is not None:
+            report.to_json(save)
+        if html is not None:
+            report.to_html(html)
         shown: Any
-        if view == "summary":
-            shown = views.summary(report)
-        elif view == "why":
+        if view == "why":
+            if not technique:
+                _fail("why needs --technique NAME, and --path MODULE for one place.")
             shown = views.why(report, technique, path)
         elif view == "kernels":
             shown = views.kernels(report)
@@ -47,20 +80,67 @@ def inspect(
             if other is None:
                 _fail("diff needs --other REPORT.json")
             shown = views.diff(report, views.load(other))  # type: ignore[arg-type]
+        elif view == "stages":
+            shown = views.diff_stages(*views.stages(report, graph, since, stage))
+        elif view == "repro":
+            shown = views.repro(report, graph, stage, kernel=kernel, minify=minify, tolerance=tolerance)
         else:
-            _fail(f"there is no view {view!r}: summary, why, diff, kernels, explain.")
+            shown = views.summary(report)
         _show(shown, as_json)
-        if html is not None:
-            report.to_html(html)
-        if save is not None:
-            report.to_json(save)
+        failed = [message for message in (views.unmet(report, text) for text in expect or []) if message]
     except (ValueError, KeyError, OSError, ImportError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
-    failed = [message for message in (views.unmet(report, text) for text in expect or []) if message]
     for message in failed:
         print(f"fxopt: {message}", file=sys.stderr)
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(SHORTFALL)
+    if getattr(report, "failure", ""):
+        print(f"fxopt: the script failed: {report.failure}", file=sys.stderr)
+        raise typer.Exit(SCRIPT_FAILED)
+
+
+def _report(source: str | None, args: list[str]) -> Any:
+    from fxopt.inspection import views
+
+    if source is None:
+        _fail("inspect needs a saved report, or a script after --: fxopt inspect -- script.py args")
+    assert source is not None
+    return views.run_script(source, args) if source.endswith(".py") else views.load(source)
+
+
+def _numerics(source: str | None, args: list[str], settings: list[str] | None, passes: str) -> Any:
+    """Of a model by name, or of ``model`` and ``inputs`` that a script defines (and ``techniques``, if it does)."""
+    from fxopt import commands
+    from fxopt.inspection.numerics import numerics
+    from fxopt.inspection.scripts import names_of
+    from fxopt.planning import default_inputs
+
+    if source is None or source.endswith(".json"):
+        _fail("numerics runs the model, which no report holds: give a model (folder or hub name), or a script after -- "
+              "that defines `model` and `inputs`.")  # fmt: skip
+    assert source is not None
+    techniques: list[Any] = list(commands.techniques_of(settings))
+    limit = int(passes) if passes.isdigit() else [p.strip() for p in passes.split(",")] if passes else None
+    if source.endswith(".py"):
+        names = names_of(source, args, ("model", "inputs"))
+        return numerics(names["model"], names["inputs"], *names.get("techniques", ()), *techniques, passes=limit)
+    model = commands.load_model(source)
+    return numerics(model, default_inputs(model), *techniques, passes=limit)
+
+
+@contextmanager
+def _recording(level: str) -> Iterator[None]:
+    """``FXOPT_RECORD`` at `level`, for what a script compiles."""
+    before = os.environ.get("FXOPT_RECORD")
+    if level:
+        os.environ["FXOPT_RECORD"] = level
+    try:
+        yield
+    finally:
+        if level:
+            os.environ.pop("FXOPT_RECORD")
+            if before is not None:
+                os.environ["FXOPT_RECORD"] = before
 
 
 def _show(shown: Any, as_json: bool) -> None:
@@ -69,4 +149,4 @@ def _show(shown: Any, as_json: bool) -> None:
 
 def _fail(message: str) -> Any:
     print(f"fxopt: {message}", file=sys.stderr)
-    raise typer.Exit(2)
+    raise typer.Exit(MISUSE)

@@ -15,10 +15,12 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from fxopt.inspection import places
+from fxopt.inspection.work import work
 from fxopt.passes.reasons import REASONS
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, NodeRow, Remark, Stage
 
 if TYPE_CHECKING:
+    from fxopt.inspection.behaviour import Picture
     from fxopt.reporting import Report
 
 LIMIT = 3_000_000
@@ -37,7 +39,7 @@ class MissingExtra(ImportError):
     """A package of an optional extra is not installed."""
 
 
-def page(report: Report, *, limit: int = LIMIT) -> str:
+def page(report: Report, *, limit: int = LIMIT, pictures: Iterable[Picture] = ()) -> str:
     """The page as text; equal reports give equal pages.
 
     Raises:
@@ -47,9 +49,10 @@ def page(report: Report, *, limit: int = LIMIT) -> str:
     styles = _asset("report.css")
     script = "".join(map(_asset, ("report_model.js", "report_view.js", "report_nav.js")))
     fixed = len(styles) + len(script) + 8_000
+    drawn = [vars(picture) for picture in pictures]
     data = ""
     for level in range(len(TRIMMED) + 1):
-        data = embedded(payload(report, level))
+        data = embedded({**payload(report, level), "pictures": drawn})
         if len(data) + fixed <= limit:
             break
     return template.render(
@@ -101,7 +104,10 @@ def payload(report: Report, trim: int = 0) -> dict[str, Any]:
     """What the page shows, as plain data; `trim` entries of :data:`TRIMMED` are left out."""
     left_out = {name for name, _ in TRIMMED[:trim]}
     strings = _Strings()
-    graphs = [_graph(graph, index, strings, left_out) for index, graph in enumerate(report.graphs)]
+    graphs = [
+        {**_graph(graph, index, strings, left_out), "work": work(graph, report.environment)}
+        for index, graph in enumerate(report.graphs)
+    ]
     used = {remark.code for remark in report.remarks if remark.code}
     return {
         "schema": SCHEMA_VERSION,

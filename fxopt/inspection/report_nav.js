@@ -177,7 +177,7 @@ window.addEventListener("beforeprint", () => document.querySelectorAll("details.
 
 // -- the page -------------------------------------------------------------------------------------------------------
 
-main.append(...DATA.graphs.map(graphSection));
+main.append(...DATA.graphs.map(graphSection), ...[picturesBlock(DATA.pictures || [])].filter(Boolean));
 if (!DATA.graphs.length) main.append(el("p.quiet", {}, "Nothing has been compiled yet."));
 document.getElementById("graphs").append(...(DATA.graphs.length > 1 ? DATA.graphs.map(g =>
   link(`g${g.index}`, `${g.id} ${g.role}${g.error ? " (failed)" : ""}`)) : []));

@@ -48,6 +48,7 @@ function graphSection(graph) {
     graph.settings.length ? settingsBlock(graph) : null,
     graph.remarks.length ? remarksBlock(graph) : null,
     graph.stages.length ? passesBlock(graph) : null,
+    graph.work && graph.work.rows.length ? workBlock(graph) : null,
     graph.kernels.length ? kernelsBlock(graph) : null,
     treeBlock(graph));
 }
@@ -294,3 +295,45 @@ function folder(graph, table, path, count, note) {
 }
 
 const nodeLine = (graph, node) => el("div.node", {}, nodeLink(graph, node), callOf(node, 120), shapeOf(node));
+
+// -- pictures of behaviour ------------------------------------------------------------------------------------------
+
+function picturesBlock(pictures) {
+  if (!pictures.length) return null;
+  return el("section.graph", { id: "behaviour" }, el("h2", {}, "Behaviour"), pictures.map(p =>
+    el("figure.picture", {}, el("figcaption", {}, p.title), p.kind === "histogram" ? histogram(p) : shades(p))));
+}
+
+function histogram(p) {
+  const most = Math.max(...p.values[0], 1), all = p.values[0].reduce((a, b) => a + b, 0) || 1;
+  return el("table.plain.histogram", {}, el("tbody", {}, p.columns.map((name, i) => el("tr", {},
+    el("th", { scope: "row" }, name),
+    el("td", {}, el("i", { style: `width:${(18 * p.values[0][i] / most).toFixed(2)}rem` }),
+      ` ${number(p.values[0][i])} (${Math.round(100 * p.values[0][i] / all)}%)`)))));
+}
+
+function shades(p) {
+  return el("div.shades", { role: "table", style: `grid-template-columns:max-content repeat(${p.columns.length}, minmax(3px, 1fr))` },
+    p.rows.map((row, r) => [el("span.name", {}, row), p.columns.map((column, c) => {
+      const words = `${row}, ${column}: ${Math.round(100 * p.values[r][c])}%`;
+      return el("i", { style: `opacity:${(0.06 + 0.94 * p.values[r][c]).toFixed(3)}`, title: words, "aria-label": words });
+    })]));
+}
+
+// -- work against the roofline --------------------------------------------------------------------------------------
+
+const scaled = (value, unit) => {
+  const [size, letter] = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]].find(([s]) => value >= s) || [1, ""];
+  return `${(value / size).toPrecision(3)} ${letter}${unit}`;
+};
+
+function workBlock(graph) {
+  const { device, rows } = graph.work;
+  const longest = Math.max(...rows.map(r => r[4]), 1e-12), total = rows.reduce((sum, r) => sum + r[4], 0);
+  const line = ([name, places, flops, bytes, seconds, bound]) => el("tr", {}, el("th", { scope: "row" }, name),
+    el("td", {}, `×${places}`), el("td", {}, scaled(flops, "FLOP")), el("td", {}, scaled(bytes, "B")),
+    el("td.roof." + bound, { title: `bound by ${bound}` }, el("i", { style: `width:${(12 * seconds / longest).toFixed(2)}rem` }), ` ${time(seconds)}`));
+  return el("div.block", { id: `g${graph.index}.work` }, el("h3", {}, "Work"),
+    el("p.quiet", {}, `After the passes: products and attention need at least ${time(total)} on ${device}; a wide bar is dear, a striped one is bound by arithmetic, a plain one by memory.`),
+    el("table.plain.work", {}, el("tbody", {}, rows.slice(0, 14).map(line))));
+}

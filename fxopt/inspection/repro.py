@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fxopt.inspection import minimal
 from fxopt.inspection.diff import graph_name
+from fxopt.inspection.minimal import Program
 from fxopt.inspection.text import View
 from fxopt.passes.record import GraphRecord, NodeRow
 from fxopt.passes.technique import SettingError
@@ -38,13 +40,15 @@ _MAIN = '''
 def tensor(size, dtype):
     """A tensor of that shape and type, drawn from the seed; integers are 0 or 1, which every table has."""
     if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(size, generator=GENERATOR, dtype=torch.float32).mul(SCALE).to(dtype)
-    return torch.randint(0, 2, size, generator=GENERATOR).to(dtype)
+        return torch.randn(size, generator=GENERATOR, dtype=torch.float32).mul(SCALE).to(DEVICE, dtype)
+    return torch.randint(0, 2, size, generator=GENERATOR).to(DEVICE, dtype)
 
 
 def inputs():
     """The inputs of the stage, fresh and always the same; the graph may write into them."""
     GENERATOR.manual_seed(SEED)
+    if len(sys.argv) > 1:  # a list of tensors, kept with torch.save
+        return torch.load(sys.argv[1], weights_only=True, map_location=DEVICE)
     return [
 {inputs}
     ]
@@ -52,33 +56,61 @@ def inputs():
 
 def gap(a, b):
     if isinstance(a, torch.Tensor):
-        return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+        a, b = a.double(), b.double()
+        same = (a == b) | (a.isnan() & b.isnan())
+        return float(torch.where(same, 0.0, (a - b).abs()).nan_to_num(float("inf")).max()) if a.numel() else 0.0
     if isinstance(a, (tuple, list)):
         return max([gap(x, y) for x, y in zip(a, b, strict=True)], default=0.0)
     return 0.0
 
 
-if __name__ == "__main__":
+def difference():
     stage = Stage()
     with torch.no_grad():
         eager = stage(*inputs())
-        compiled = torch.compile(stage, backend=BACKEND)(*inputs())
-    print(f"eager and {{BACKEND}} differ by at most {{gap(eager, compiled):.3g}}")
+        return gap(eager, torch.compile(stage, backend=BACKEND)(*inputs()))
+
+
+if __name__ == "__main__":
+    found = difference()
+    print(f"eager and {{BACKEND}} differ by at most {{found:.3g}}")
+    sys.exit(found > TOLERANCE)
 '''
 
 
-def repro(report: Report, graph: int = 0, stage: int = -1) -> View:
+def repro(
+    report: Report,
+    graph: int = 0,
+    stage: int = -1,
+    *,
+    kernel: str = "",
+    minify: bool = False,
+    tolerance: float = 1e-3,
+) -> View:
     """The file for one stage of one graph of `report`, as a view whose text is the file.
 
+    Args:
+        kernel: only the nodes that the kernel of this name computes.
+        minify: leave out what the failure does not need: an error, or eager and Inductor further apart than
+            `tolerance`. This runs the recorded code in this process, many times.
+
     Raises:
-        SettingError: for a graph or stage that does not exist, or was recorded without its code.
+        SettingError: for a graph, stage or kernel that does not exist, a stage recorded without its code, or
+            with `minify`, one that does not fail.
     """
     if not -len(report.graphs) <= graph < len(report.graphs):
         raise SettingError(f"graph {graph} does not exist; the report has {len(report.graphs)} (0 is the first).")
     record = report.graphs[graph]
-    source = stage_source(record, stage, report.environment)
-    data = {"graph": record.compile_id, "stage": record.stages[stage].name, "source": source}
-    return Verbatim("repro", data, lambda width: [source])
+    whole = program(record, stage)
+    chosen = minimal.of_kernel(whole, record, kernel) if kernel else whole
+    header = {**report.environment, "seed": "0"}
+    render = lambda part: file_of(part, record, stage, header, tolerance)  # noqa: E731
+    data: dict[str, Any] = {"graph": record.compile_id, "stage": record.stages[stage].name, "kernel": kernel}
+    if minify:
+        chosen, failure = minimal.minimal(chosen, render)
+        data |= {"failure": failure, "statements": [len(whole.statements), len(chosen.statements)]}
+    source = render(chosen)
+    return Verbatim("repro", {**data, "source": source}, lambda width: [source])
 
 
 class Verbatim(View):
@@ -88,44 +120,60 @@ class Verbatim(View):
         return "\n".join(self.lines(0))
 
 
-def stage_source(record: GraphRecord, stage: int, environment: dict[str, str]) -> str:
-    """The text of the file."""
+def program(record: GraphRecord, stage: int) -> Program:
+    """The code of a stage, checked, as statements."""
     count = len(record.stages)
     if not -count <= stage < count:
         names = ", ".join(f"{n} {s.name}" for n, s in enumerate(record.stages))
         raise SettingError(f"stage {stage} does not exist; graph {record.compile_id} has {names or 'no stages'}.")
-    stage %= count
     code = record.stages[stage].code
     if not code:
         raise SettingError(
             "the record holds no code of its stages: compile again with FXOPT_RECORD=full in the environment, or with "
             "options={'record': 'full'}."
         )
-    body, imports = _checked(code)
-    placeholders = [row for row in record.rows(stage) if row.op == "placeholder"]
-    symbols = sorted({s for row in placeholders for s in re.findall(r"\bs\d+\b", f"{row.shape} {row.name}")})
+    rows = record.rows(stage % count)
+    function = _checked(code)
+    names = [a.arg for a in function.args.args if a.arg != "self"]
+    given = [row for row in rows if row.op == "placeholder"]
+    values = {row.name: row for row in rows} | dict(zip(names, given, strict=False))
+    return Program(tuple(names), tuple(function.body), values)
+
+
+def file_of(part: Program, record: GraphRecord, stage: int, environment: dict[str, str], tolerance: float) -> str:
+    """The text of the file for `part` of a stage."""
+    stage %= len(record.stages)
+    body = ast.unparse(part.function())
+    placeholders = [(name, part.values[name]) for name in part.parameters]
+    symbols = sorted({s for _, row in placeholders for s in re.findall(r"\bs\d+\b", f"{row.shape} {row.name}")})
+    symbols += [s for s in re.findall(r"\bs\d+\b", body) if s not in symbols and s not in part.parameters]
+    device = "cpu" if environment.get("device", "cpu") == "cpu" else "cuda"
     head = [
-        f'"""{_comment(graph_name(record))}: stage {stage}, {record.stages[stage].name}.',
+        f'"""{_comment(graph_name(record))}: stage {stage}, {_comment(record.stages[stage].name)}.',
         "",
         *(_comment(f"{s.key}: {s.value} (from {s.origin})") for s in record.settings),
         *(_comment(f"{key} {value}") for key, value in sorted(environment.items())),
         "Inputs and weights are random: only shapes, types and the graph are those of the model.",
+        "A file of tensors given as argument replaces them. Exit code 1: eager and compiled differ.",
         '"""',
         "",
-        *imports,
+        *_imports(part),
         "",
         "SEED = 0",
         "SCALE = 0.05  # standard deviation of what is drawn",
+        f"TOLERANCE = {float(tolerance)!r}",
         'BACKEND = "inductor"',
+        f'DEVICE = "{device}"',
         "GENERATOR = torch.Generator()",
-        *(f"{symbol} = {SYMBOL_SIZE}  # a symbolic size: choose" for symbol in symbols),
+        *(f"{symbol} = {SYMBOL_SIZE}  # a symbolic size: choose" for symbol in dict.fromkeys(symbols)),
         "",
         "",
         "class Stage(torch.nn.Module):",
         *(f"    {line}".rstrip() for line in body.strip("\n").split("\n")),
         "",
+        "",
     ]
-    drawn = "\n".join(f"        {_input(row)},  # {_comment(row.name)}" for row in placeholders)
+    drawn = "\n".join(f"        {_input(row)},  # {_comment(name)}" for name, row in placeholders)
     return "\n".join(head) + _MAIN.replace("{inputs}", drawn).replace("{{", "{").replace("}}", "}")
 
 
@@ -151,39 +199,40 @@ def _word(text: str) -> str:
     return text
 
 
-def _checked(code: str) -> tuple[str, list[str]]:
-    """The ``forward`` of FX's code, and the imports it needs. A record is data: anything else in it is refused."""
+def _checked(code: str) -> ast.FunctionDef:
+    """The ``forward`` of FX's code. A record is data: anything else in it is refused."""
     try:
         tree = ast.parse(code)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError) as error:
         raise SettingError(f"the recorded code does not parse: {error}") from None
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     others = [n for n in tree.body if n not in functions and not isinstance(n, (ast.Import, ast.ImportFrom))]
     if len(functions) != 1 or others:
         raise SettingError("the recorded code is not one forward function, as FX writes it.")
     function = functions[0]
-    function.name, function.decorator_list, function.returns = "forward", [], None
-    for argument in [*function.args.args, *function.args.kwonlyargs]:
-        argument.annotation = None
+    allowed = (ast.Assign, ast.Expr, ast.Return, ast.Pass)
+    if any(not isinstance(statement, allowed) for statement in function.body):
+        raise SettingError("the recorded code is not a list of assignments, as FX writes it.")
     for node in ast.walk(function):
-        if isinstance(node, ast.AnnAssign):
-            raise SettingError("the recorded code has annotated assignments; record it with this version of fxopt.")
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
             raise SettingError(
                 f"the stage calls a subgraph or holds a constant (self.{node.attr}), which the record does not keep; "
                 "take an earlier stage."
             )
-    names = {n.id: None for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    stored = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    stored |= {a.arg for a in function.args.args}
-    unknown = [n for n in names if n not in stored and n not in _GLOBALS and n not in _BUILTINS]
+    known = {a.arg for a in function.args.args} | minimal.stored(function)
+    unknown = [n for n in minimal.loaded(function) if n not in known and n not in _GLOBALS and n not in _BUILTINS]
     if unknown:
         raise SettingError(f"the stage calls what only exists in the process that recorded it: {', '.join(unknown)}.")
-    text = ast.unparse(function)
-    needed = {"torch"} | {name for name in names if name in _GLOBALS and name not in stored}
-    if "torch.ops.fxopt" in text:
+    return function
+
+
+def _imports(part: Program) -> list[str]:
+    function = part.function()
+    known = {a.arg for a in function.args.args} | minimal.stored(function)
+    needed = {"torch"} | {name for name in minimal.loaded(function) if name in _GLOBALS and name not in known}
+    if "torch.ops.fxopt" in ast.unparse(function):
         needed.add("fxopt")
-    return text, [_GLOBALS[name] for name in _GLOBALS if name in needed]
+    return ["import sys", "", *(_GLOBALS[name] for name in _GLOBALS if name in needed)]
 
 
 _BUILTINS = {"slice", "range", "tuple", "list", "dict", "int", "float", "bool", "None", "True", "False", "Ellipsis"}

@@ -8,15 +8,19 @@ import runpy
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from fxopt import reporting
+from fxopt.passes.technique import SettingError
 from fxopt.reporting import Report
 
 
 class ScriptReport(Report):
-    """The report of a script. ``failure`` says how it ended: empty when it ran to its end."""
+    """The report of a script. ``failure`` says how it ended: empty when it ran to its end, and then ``names`` holds
+    what it defined."""
 
     failure: str = ""
+    names: dict[str, Any] = {}
 
 
 def run_script(path: str | os.PathLike[str], args: Sequence[str] = ()) -> ScriptReport:
@@ -35,9 +39,9 @@ def run_script(path: str | os.PathLike[str], args: Sequence[str] = ()) -> Script
     kept_arguments, kept_path = sys.argv, list(sys.path)
     sys.argv = [str(path), *map(str, args)]
     sys.path.insert(0, str(script.resolve().parent))
-    failure = ""
+    failure, names = "", {}
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        names = runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:
         if stop.code not in (None, 0):
             failure = f"SystemExit: {stop.code}"
@@ -49,8 +53,23 @@ def run_script(path: str | os.PathLike[str], args: Sequence[str] = ()) -> Script
     report = ScriptReport(
         sorted((g for r in reporting.reports() for g in r.graphs if g.number >= first), key=lambda g: g.number)
     )
-    report.failure = failure
+    report.failure, report.names = failure, names
     return report
+
+
+def names_of(path: str | os.PathLike[str], args: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
+    """Run the script at `path` as :func:`run_script` does, and return what it defined.
+
+    Raises:
+        FileNotFoundError: when there is no such script.
+        SettingError: when it does not define one of the names in `wanted`, or fails.
+    """
+    report = run_script(path, args)
+    missing = [name for name in wanted if name not in report.names]
+    if missing:
+        why = f" (it failed: {report.failure})" if report.failure else ""
+        raise SettingError(f"the script {str(path)!r} defines no {' and no '.join(map(repr, missing))}{why}.")
+    return report.names
 
 
 def next_number() -> int:

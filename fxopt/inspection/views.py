@@ -40,6 +40,7 @@ __all__ = [
     "reason_page",
     "repro",
     "run_script",
+    "stages",
     "summary",
     "unmet",
     "why",
@@ -279,6 +280,13 @@ def diff_stages(graph: GraphRecord, i: int, j: int) -> View:
                 yield f"  {mark} {row_text(row)}"
 
     return View("diff_stages", found.to_dict(), lines)
+
+
+def stages(report: Report, graph: int, i: int, j: int) -> tuple[GraphRecord, int, int]:
+    """The arguments of :func:`diff_stages` for graph number `graph` of a report; raises SettingError without it."""
+    if not -len(report.graphs) <= graph < len(report.graphs):
+        raise SettingError(f"graph {graph} does not exist; the report has {len(report.graphs)} (0 is the first).")
+    return report.graphs[graph], i, j
 
 
 def row_text(row: NodeRow) -> str:

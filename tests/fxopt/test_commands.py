@@ -95,3 +95,47 @@ def test_bench_depth_quick(run, tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert {row["peer"] for row in rows} == {"deleted, inductor", "fxopt layer_skip", "full, inductor"}
     assert all(row["median"] > 0 for row in rows)
+
+
+def finding(model, words):
+    found = [f for f in doctor.examine_model(model) if words in f.what]
+    assert len(found) == 1, [f.what for f in doctor.examine_model(model)]
+    return found[0]
+
+
+def test_doctor_flags_each_trap():
+    model = TINY["llama"]()
+    assert finding(torch.compile(model, backend="fxopt"), "backend is not reached").level == "problem"
+    assert "'static'" in finding(model, "growing DynamicCache").advice
+    assert "three with a DynamicCache" in finding(model, "expected compilations").what
+    model.generation_config.cache_implementation = "static"
+    assert "max_cache_len" in finding(model, "expected compilations").advice
+    model.generation_config.max_cache_len = 64
+    assert finding(model, "expected compilations").level == "ok"
+    transformers = pytest.importorskip("transformers")
+    model.generation_config.compile_config = transformers.CompileConfig(backend="fxopt", options={"strict": True})
+    assert "mode=None" in finding(model, "both mode and options").advice
+    model.config._attn_implementation = "mine"
+    assert "AttentionMaskInterface.register('mine'" in finding(model, "masks are dropped").advice
+    model.train()
+    assert finding(model, "training mode").advice == "model.eval()"
+
+
+def test_doctor_sees_kernels_of_the_hub():
+    model = TINY["handwritten"]()
+    assert not [f for f in doctor.examine_model(model) if "hub" in f.what]
+
+    def forward(x):
+        return x
+
+    forward.__module__ = "kernels.layer"
+    model.layers[0].norm1.forward = forward
+    assert "layers.0.norm1" in finding(model, "kernels of the hub").what
+
+
+def test_doctor_counts_recompiles(eager_lowering):
+    model = fxopt.compile(TINY["handwritten"]())
+    with torch.no_grad():
+        model(torch.zeros(1, 8, dtype=torch.long))
+        model(torch.zeros(1, 9, dtype=torch.long))
+    assert "2 graphs were compiled, 1 of them again" in finding(model, "graphs were compiled").what

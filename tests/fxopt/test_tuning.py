@@ -32,9 +32,7 @@ def by_hand(model, tokens, context):
         maxima = scores.masked_fill(~seen, -torch.inf).amax(-1).view(k.shape[1], -1)
         found.setdefault(module.layer_idx, []).append((heads.amin(1), maxima.amin(1), heads.amax(1)))
 
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in model.model.layers
-    ]
+    hooks = [layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in model.model.layers]
     with torch.no_grad():
         for start in range(0, len(tokens), context):
             model(input_ids=torch.tensor([tokens[start : start + context - 1]]))

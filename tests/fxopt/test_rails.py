@@ -1,0 +1,121 @@
+"""TORCH_TRACE artifacts, equal bytes in separate processes, a plan of 32 layers in the browser, errors in each pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fxopt
+from fxopt import LayerSkip
+from fxopt.inspection.numerics import numerics
+from fxopt.inspection.work import work
+from fxopt.passes import order
+from fxopt.passes.technique import Technique
+from fxopt.testing import TINY
+
+PROGRAM = """
+import sys, torch, fxopt
+from fxopt.codegen import compat
+from fxopt.testing import TINY
+compat.compile_with_inductor = lambda gm, inputs, mode, patches: gm.forward
+model = fxopt.compile(TINY["handwritten"](), fxopt.LayerSkip(skip=(1,)))
+with torch.no_grad():
+    model(torch.tensor([[5, 17, 3, 99]]))
+fxopt.report(model).to_json(sys.argv[1], times=False)
+"""
+
+
+def test_equal_input_in_two_processes_gives_equal_bytes_and_a_trace(tmp_path):
+    written = []
+    for turn in "ab":
+        seed = str(ord(turn))
+        env = {**os.environ, "TORCH_TRACE": str(tmp_path / f"trace{turn}"), "PYTHONHASHSEED": seed}
+        path = tmp_path / f"{turn}.json"
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(path)], check=True, env=env, capture_output=True, timeout=300
+        )
+        written.append(path.read_bytes())
+    assert written[0] == written[1] and len(written[0]) > 10_000
+    (log,) = (tmp_path / "tracea").iterdir()
+    lines = log.read_text().splitlines()
+    entry = next(i for i, line in enumerate(lines) if '"artifact"' in line and '"fxopt_record"' in line)
+    header = json.loads(lines[entry].split("] ", 1)[1])
+    assert header["artifact"] == {"name": "fxopt_record", "encoding": "json"} and "frame_id" in header
+    assert "layer_skip" in lines[entry + 1]
+    if shutil.which("tlparse"):
+        subprocess.run(["tlparse", str(log), "-o", str(tmp_path / "out"), "--no-browser"], check=True, timeout=120)
+        assert any("fxopt_record" in p.name for p in (tmp_path / "out").rglob("*"))
+
+
+def test_a_plan_of_32_layers_opens_within_two_seconds(browser, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+                                      num_key_value_heads=8, intermediate_size=14336, vocab_size=128256)  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    report = fxopt.plan(model, LayerSkip(skip=(7, 20)), target="h200")
+    path = report.to_html(tmp_path / "r.html")
+    assert report.graphs[0].nodes_before > 1500 and path.stat().st_size < 3_000_000
+    browser.call("Performance.enable", timeDomain="threadTicks")
+    before = browser.metric("TaskDuration")
+    browser.open(path)
+    assert browser.metric("TaskDuration") - before < 2
+    browser.call("Performance.disable")
+    assert "×32, 2 differ: 7, 20" in browser.js("document.querySelector('figcaption').textContent")
+
+
+@pytest.mark.filterwarnings("ignore:fxopt")
+@pytest.mark.parametrize("name", [n for n in order.names() if Technique.registry[n].level == "torch"])
+def test_an_error_in_any_pass_is_bisected_to_it(name, monkeypatch):
+    """The pass does its work, and then the embedding is scaled: only that pass may be named."""
+    cls = Technique.registry[name]
+    rewrite = cls.rewrite
+
+    def wrong(self, graph, context):
+        rewrite(self, graph, context)
+        node = next(n for n in graph.nodes if n.target is torch.nn.functional.embedding)
+        new = context.rewriter.call(torch.mul, (node, 1.01), like=node, after=node, name="planted")
+        context.rewriter.replace(node, new, only=lambda user: user is not new)
+        context.applied(node, "planted")
+
+    monkeypatch.setattr(cls, "rewrite", wrong)
+    asked = {"layer_skip": (LayerSkip(skip=(1,)),), "early_exit": (fxopt.EarlyExit(layers=(2,)),),
+             "sparse_attention": (fxopt.SparseAttention(sinks=1, window=4),),
+             "async_softmax": (fxopt.AsyncSoftmax(phi=0.0),)}.get(name, ())  # fmt: skip
+    model = TINY["handwritten"]()
+    if name == "mixture_of_depths":
+        model = fxopt.MixtureOfDepths(capacity=0.5, every=2)(model)
+    numbers = numerics(model, (torch.arange(1, 13)[None],), *asked)
+    stages = {s.name: s for s in numbers.stages}
+    if name not in stages:
+        pytest.skip(f"{name} does not run on this model by itself")
+    assert numbers.first == name and numbers.culprit is not None and "planted" in numbers.culprit.made
+    assert dataclasses.asdict(numbers.culprit)["source"]
+
+
+def test_a_plan_has_kernels_for_its_target_and_the_work_of_each_component():
+    pytest.importorskip("triton")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=1024, num_hidden_layers=2, num_attention_heads=8,
+                                      num_key_value_heads=2, intermediate_size=2048, vocab_size=512)  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    report = fxopt.plan(model, inputs={"input_ids": torch.zeros(1, 1, dtype=torch.long)}, target="h200")
+    assert report.kernels
+    for kernel in report.kernels:
+        assert kernel.resources["target"] == "sm_90" and kernel.modules and "@triton.jit" in kernel.source
+        assert any(key.endswith("registers") and value > 0 for key, value in kernel.resources.items())
+        assert any(key.endswith("assembly") and ".target sm_90" in value for key, value in kernel.resources.items())
+    found = work(report.graphs[0], report.environment)
+    rows = {row[0]: row for row in found["rows"]}
+    assert found["device"] == "H200"
+    _, places, flops, moved, seconds, bound = rows["model.layers.*.mlp.down_proj"]
+    assert (places, flops) == (2, 2 * 2.0 * 1024 * 2048) and bound == "memory"
+    assert moved == 2 * 2 * (1024 * 2048 + 1024 + 2048) and seconds == pytest.approx(moved / 4.8e12)
