@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fxopt.passes import depth
+from fxopt.passes import depth, state
 from fxopt.passes.attention import AttentionSite, find_attentions
 from fxopt.passes.attention_rewrite import earliest, records_gradients
 from fxopt.passes.context import PassContext
@@ -25,12 +25,12 @@ from fxopt.passes.kv import base_of, cache_of, writes_to, written_between
 from fxopt.passes.layers import Layer
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.nodes import same, value_of
-from fxopt.passes.sparse_attention import sink_window
+from fxopt.passes.sparse_attention import pages, sink_window
 from fxopt.passes.sparse_attention.reference import attach
 from fxopt.passes.technique import SettingError, Technique, nearest
 
-METHODS = {"sink_window": sink_window}
-LATER = ("pages", "double_sparsity")
+METHODS: dict[str, Any] = {"sink_window": sink_window, "pages": pages}
+LATER = ("double_sparsity",)
 
 
 @dataclass(frozen=True)
@@ -163,11 +163,11 @@ class SparseAttention(Technique):
                     continue
             refusal = _refusal(site)
             if refusal is not None:
+                _tell_state(site)
                 status, code, message = refusal
                 (context.blocked if status == "blocked" else context.missed)(code, site.output, message)
                 continue
             method.rewrite(site, self, context, shared)
-        method.finish(sites, self, context)
 
     def _numbers(self, context: PassContext) -> dict[fx.Node, bool]:
         """Whether each node's layer is one of those chosen; nodes of layers whose number is unknown are left out."""
@@ -188,6 +188,13 @@ class SparseAttention(Technique):
 
 def _nodes(layer: Layer) -> tuple[fx.Node, ...]:
     return layer.nodes
+
+
+def _tell_state(site: AttentionSite) -> None:
+    """A graph that writes a cache and does not keep the state beside it has to say so."""
+    cache = cache_of(site)
+    if cache.preallocated and cache.key.op == "placeholder":
+        state.writes(cache.key)
 
 
 def _refusal(site: AttentionSite) -> tuple[str, str, str] | None:
