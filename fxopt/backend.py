@@ -69,6 +69,7 @@ def compile_graph(
     """Record, rewrite and lower one captured graph."""
     started = time.perf_counter()
     record = reporting.new_record(compat.compile_id(), settings.owner)
+    gm = _own(gm)
     try:
         number_nodes(gm.graph)
         name_modules(gm.graph, paths)
@@ -211,6 +212,16 @@ def run_pass(
             "raises."
         )
     return context
+
+
+def _own(gm: fx.GraphModule) -> fx.GraphModule:
+    """The module with a graph that passes may add inputs to: Dynamo goes by the inputs of its own afterwards."""
+    copied = fx.GraphModule(gm, _copy_graph(gm.graph), gm.__class__.__name__)
+    for name, value in vars(gm).items():
+        if name not in vars(copied):
+            setattr(copied, name, value)
+    copied.meta = gm.meta
+    return copied
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:

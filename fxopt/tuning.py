@@ -1,7 +1,8 @@
 """``fxopt.tune``: run a text through a model, watch what its attention sees, and write a recipe.
 
 This version calibrates (``goal=None``): for each attention module the range of its softmax inputs by KV head, which
-:class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282, section 3).
+:class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282, section 3), or the
+channels that carry its scores, for ``SparseAttention(method="double_sparsity")`` (:mod:`fxopt.channel_tuning`).
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxopt import scoring
+from fxopt.channel_tuning import ChannelStatistics
 from fxopt.passes.async_softmax import AsyncSoftmax
 from fxopt.passes.attention import AttentionSite, find_attentions
 from fxopt.passes.provenance import module_path, name_modules
+from fxopt.passes.sparse_attention import SparseAttention
 from fxopt.passes.technique import SettingError, Technique
 from fxopt.recipe import Recipe, fingerprint
 
@@ -54,60 +57,75 @@ def tune(
         raise SettingError(f"tune(goal={goal!r}): this version calibrates only; leave the goal out.")
     asked = techniques or (AsyncSoftmax(),)
     for technique in asked:
-        if not isinstance(technique, AsyncSoftmax):
-            raise SettingError(f"{technique} has nothing to calibrate; tune takes AsyncSoftmax().")
+        if not isinstance(technique, (AsyncSoftmax, SparseAttention)):
+            raise SettingError(
+                f"{technique} has nothing to calibrate; tune takes AsyncSoftmax() and SparseAttention(method="
+                "'double_sparsity', budget=...)."
+            )
+    if len(asked) > 1:
+        raise SettingError(f"tune calibrates one technique at a time, and was given {len(asked)}.")
+    technique = asked[0]
+    statistics: Statistics = (
+        ChannelStatistics(technique) if isinstance(technique, SparseAttention) else SoftmaxRanges(technique)  # type: ignore[arg-type]
+    )
     scoring.require_causal(model)
     text = read_data(data)  # type: ignore[arg-type]
     if isinstance(text, str) and tokenizer is None:
         tokenizer = _find_tokenizer(model)
     windows = scoring.windows(tokenizer, text, context, whole=True)[: max(1, limit // context)]
-    ranges, done = _resume(model, checkpoint)
+    done = _resume(model, checkpoint, statistics)
     device = next(model.parameters()).device
     with torch.no_grad():
         todo = windows[done:]
-        watched = observed(model, ranges)
+        watched = observed(model, statistics.look)
         for number, window in enumerate(scoring.progress(todo, len(todo), "calibrating", show), start=done + 1):
             watched(input_ids=window.inputs[None].to(device), use_cache=False)
             if checkpoint is not None:
-                _recipe(model, ranges, asked[0], number).save(checkpoint)  # type: ignore[arg-type]
-    return _recipe(model, ranges, asked[0], len(windows))  # type: ignore[arg-type]
+                statistics.recipe(model, number).save(checkpoint)
+    return statistics.recipe(model, len(windows))
 
 
-def observed(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Any]:
-    """`model` as a callable that widens ``ranges[module path] = (lowest [Hkv], highest [Hkv])`` by its softmax inputs.
+class Statistics(Protocol):
+    """What a calibration gathers: shown every attention with the values of its graph, written into a recipe."""
 
-    Masked scores do not count. The captured graph is run node by node: nothing of the model is changed.
+    def look(self, path: str, site: AttentionSite, values: Mapping[fx.Node, Any]) -> None: ...
+
+    def resume(self, recipe: Recipe) -> None: ...
+
+    def recipe(self, model: nn.Module, windows: int) -> Recipe: ...
+
+
+def observed(model: nn.Module, look: Callable[..., None]) -> Callable[..., Any]:
+    """`model` as a callable that shows ``look(module path, site, values)`` every attention before it runs.
+
+    The captured graph is run node by node: nothing of the model is changed.
     """
 
     paths = {str(id(m)): (path, type(m)) for path, m in model.named_modules()}
 
     def watch(gm: fx.GraphModule, _: list[Any]) -> Any:
         name_modules(gm.graph, paths)
-        return _Watch(gm, {site.output: site for site in find_attentions(gm.graph)[0]}, ranges).run
+        return _Watch(gm, {site.output: site for site in find_attentions(gm.graph)[0]}, look).run
 
     return torch.compile(functools.partial(type(model).__call__, model), backend=watch)
 
 
 class _Watch(fx.Interpreter):
     def __init__(
-        self, gm: fx.GraphModule, sites: dict[fx.Node, AttentionSite], ranges: dict[str, tuple[Tensor, Tensor]]
+        self, gm: fx.GraphModule, sites: dict[fx.Node, AttentionSite], look: Callable[..., None]
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.sites = sites
-        self.ranges = ranges
+        self.look = look
 
     def run_node(self, n: fx.Node) -> Any:
         site = self.sites.get(n)
         if site is not None:
-            low, high = score_range(site, self.env)
-            path = module_path(n)
-            if path in self.ranges:
-                low, high = torch.minimum(low, self.ranges[path][0]), torch.maximum(high, self.ranges[path][1])
-            self.ranges[path] = (low, high)
+            self.look(module_path(n), site, self.env)
         return super().run_node(n)
 
 
-def score_range(site: AttentionSite, values: dict[fx.Node, Any]) -> tuple[Tensor, Tensor]:
+def score_range(site: AttentionSite, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor]:
     """Lowest and highest softmax input of one attention, by KV head: two float32 tensors [Hkv]."""
     query, key = values[site.query].float(), values[site.key].float()
     batch, heads, tokens, width = query.shape
@@ -132,24 +150,41 @@ def score_range(site: AttentionSite, values: dict[fx.Node, Any]) -> tuple[Tensor
     return scores.masked_fill(hidden, torch.inf).amin(dims), scores.masked_fill(hidden, -torch.inf).amax(dims)
 
 
-def _recipe(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]], technique: AsyncSoftmax, done: int) -> Recipe:
-    data = {f"{LOWEST}.{path}": low for path, (low, _) in ranges.items()}
-    data |= {f"{HIGHEST}.{path}": high for path, (_, high) in ranges.items()}
-    paths: dict[str, Technique] = {
-        path: AsyncSoftmax(phi=round(float(high.max()), 3), deterministic=technique.deterministic)
-        for path, (_, high) in ranges.items()
-    }
-    return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": done})
+class SoftmaxRanges:
+    """Lowest and highest softmax input of each attention, by KV head; masked scores do not count."""
+
+    def __init__(self, technique: AsyncSoftmax) -> None:
+        self.technique = technique
+        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def look(self, path: str, site: AttentionSite, values: Mapping[fx.Node, Any]) -> None:
+        """Widen the ranges of an attention by what it sees now."""
+        low, high = score_range(site, values)
+        if path in self.ranges:
+            low, high = torch.minimum(low, self.ranges[path][0]), torch.maximum(high, self.ranges[path][1])
+        self.ranges[path] = (low, high)
+
+    def recipe(self, model: nn.Module, windows: int) -> Recipe:
+        """``phi`` for each attention: the highest softmax input."""
+        data = {f"{LOWEST}.{path}": low for path, (low, _) in self.ranges.items()}
+        data |= {f"{HIGHEST}.{path}": high for path, (_, high) in self.ranges.items()}
+        paths: dict[str, Technique] = {
+            path: AsyncSoftmax(phi=round(float(high.max()), 3), deterministic=self.technique.deterministic)
+            for path, (_, high) in self.ranges.items()
+        }
+        return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": windows})
+
+    def resume(self, recipe: Recipe) -> None:
+        """Go on from a recipe that was written before."""
+        prefix = f"{LOWEST}."
+        names = [name.removeprefix(prefix) for name in recipe.data if name.startswith(prefix)]
+        self.ranges = {name: (recipe.data[prefix + name], recipe.data[f"{HIGHEST}.{name}"]) for name in names}
 
 
-def _resume(
-    model: nn.Module, checkpoint: str | os.PathLike[str] | None
-) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+def _resume(model: nn.Module, checkpoint: str | os.PathLike[str] | None, statistics: Statistics) -> int:
     if checkpoint is None or not pathlib.Path(checkpoint).is_file():
-        return {}, 0
+        return 0
     recipe = Recipe.load(checkpoint)
     recipe.check(model)
-    prefix = f"{LOWEST}."
-    names = [name.removeprefix(prefix) for name in recipe.data if name.startswith(prefix)]
-    ranges = {name: (recipe.data[prefix + name], recipe.data[f"{HIGHEST}.{name}"]) for name in names}
-    return ranges, int(recipe.notes.get("windows", 0))
+    statistics.resume(recipe)
+    return int(recipe.notes.get("windows", 0))

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-SUITES = ("overhead", "depth", "attention")
+SUITES = ("overhead", "depth", "attention", "sparse")
 
 
 def load_suite(name: str) -> Callable[..., Any]:
