@@ -1,16 +1,16 @@
 """What sparse attention keeps beside a cache, and how it chooses: page bounds, features of keys, device top-k.
 
     update_page_bounds(bounds!, filled!, key, extent, *, page, least)        bounds [B, Hkv, P, 2 D]: maximum, minimum
-    update_features(features!, filled!, key, extent, channels, *, least)     features [B, Hkv, C, S]: channels of the keys
+    update_features(features!, filled!, key, extent, channels, *, least)     features [B, Hkv, C, S]: of the keys
     block_bias(key, mask, *, sinks, newest, block) -> bias                   [B or 1, N]: +inf kept, -inf hidden, 0 free
     page_scores(query, bounds, extent, *, least) -> scores                   [B, Hkv, P]: upper bound of q . k in a page
     feature_scores(query, features, extent, channels, *, least) -> scores    [B, Hkv, S]
     choose(scores, bias, *, count) -> index                                  [B, Hkv, count], padded with -1
 
-query [B, Hq, 1, D], key [B, Hkv, S, D]; N blocks of `block` positions; P pages. ``extent``: filled positions, 0-d int64.
-``filled``: 0-d int64, how many positions the state covers; the updates add the newest key where that is one short of
-`extent`, and derive everything from the keys wherever it is not. Below `least` filled positions attention is dense and
-nothing is read or written here, on a device whose values the host can read without waiting.
+query [B, Hq, 1, D], key [B, Hkv, S, D]; N blocks of `block` positions; P pages. ``extent``: filled positions, 0-d
+int64. ``filled``: 0-d int64, how many positions the state covers; the updates add the newest key where that is one
+short of `extent`, and derive everything from the keys wherever it is not. Up to `least` filled positions attention is
+dense, and nothing is read or written here.
 """
 
 from __future__ import annotations

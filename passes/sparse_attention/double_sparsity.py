@@ -1,8 +1,8 @@
 """``method="double_sparsity"``: tokens by approximate scores on few channels (Yang et al., arXiv 2408.07092).
 
-Beside the cache: the r channels of every key that carry most of the scores (the label cache), chosen for each KV head by
-calibration (:mod:`.calibration`), after rotary embedding, both channels of a rotated pair together. A step scores all
-positions on those channels, takes the best, one list a KV head, and attends to them exactly.
+Beside the cache: the r channels of every key that carry most of the scores (the label cache), chosen for each KV head
+by calibration (:mod:`.calibration`), after rotary embedding, both channels of a rotated pair together. A step scores
+all positions on those channels, takes the best, one list a KV head, and attends to them exactly.
 """
 
 from __future__ import annotations

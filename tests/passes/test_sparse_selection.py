@@ -7,7 +7,7 @@ import torch
 from transformers import StaticCache
 
 import fxopt
-import fxopt.codegen.ops.sparse_select  # noqa: F401
+import fxopt.codegen.ops.sparse_select
 from fxopt.codegen.ops.attention import attention
 from fxopt.passes import state
 from fxopt.passes.sparse_attention import SparseAttention
@@ -183,7 +183,7 @@ def test_all_channels_give_exact_scores():
 
 @pytest.mark.parametrize("length", [128, 121])
 def test_all_listed_blocks_are_dense_attention_and_rows_are_independent(length):
-    query, key, mask, extent = filled_inputs(length=length)
+    query, key, mask, _ = filled_inputs(length=length)
     mask[0, :, :, :9] = False
     value = key.flip(2).contiguous()
     dense = attention(query, key, value, mask, scale=0.25)
