@@ -26,7 +26,7 @@ from fxopt.passes.kv import base_of, cache_of, writes_to, written_between
 from fxopt.passes.layers import Layer
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.nodes import same, value_of
-from fxopt.passes.sparse_attention import double_sparsity, pages, sink_window
+from fxopt.passes.sparse_attention import double_sparsity, own, pages, sink_window
 from fxopt.passes.sparse_attention.reference import attach
 from fxopt.passes.technique import SettingError, Technique, nearest
 
@@ -48,6 +48,7 @@ class SparseAttention(Technique):
         window: for ``"sink_window"``, the newest positions that are read, instead of `budget`.
         min_length: caches filled with fewer positions are read in full; None is the method's own choice.
         layers: 0-based indices of the layers it acts on, negative from the end; None is all.
+        select: instead of a method, a traced function ``(q, keys, state) -> scores or indices``, see :mod:`.own`.
         channels: for ``"double_sparsity"``, how many to calibrate (None: a sixteenth of a head's), or one tuple of
             channels for each KV head, as a recipe of ``fxopt.tune`` holds them.
 
@@ -72,7 +73,6 @@ class SparseAttention(Technique):
         for name, why in (
             ("tau", "choosing by kept attention mass"),
             ("heads", "settings for single heads"),
-            ("select", "a selection function of your own"),
         ):
             if getattr(self, name) is not None:
                 raise SettingError(
@@ -103,12 +103,17 @@ class SparseAttention(Technique):
             object.__setattr__(self, "channels", nested)
         if self.channels is not None and self.method != "double_sparsity":
             raise SettingError(f"SparseAttention(method={self.method!r}): channels belong to double_sparsity.")
-        METHODS[self.method].check(self)
+        self.chosen_by.check(self)
+
+    @property
+    def chosen_by(self) -> Any:
+        """The module of the method that is used."""
+        return METHODS[self.method] if self.select is None else own
 
     @property
     def dense_below(self) -> int:
         """Filled positions below which attention is dense."""
-        return METHODS[self.method].MIN_LENGTH if self.min_length is None else self.min_length
+        return self.chosen_by.MIN_LENGTH if self.min_length is None else self.min_length
 
     def chosen(self, count: int) -> frozenset[int]:
         """Indices it acts on in a stack of `count` layers; raises SettingError for one that does not exist."""
@@ -153,7 +158,7 @@ class SparseAttention(Technique):
                 context.missed(difference.code, difference.node, difference.message)
         numbers = self._numbers(context) if self.layers is not None else {}
         shared: dict[Any, Any] = {}
-        method = METHODS[self.method]
+        method = self.chosen_by
         for site in sites:
             if not context.covers(site.output):
                 continue

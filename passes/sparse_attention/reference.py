@@ -104,10 +104,11 @@ def kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, 
     """[B, Hq or 1, S] bool: what each query head reads; ``visible: [B, S]``, of which `extent` positions are in use."""
     if extent < setting.dense_below:
         return visible[:, None]
-    if setting.method == "sink_window":
+    if setting.select is None and setting.method == "sink_window":
         return window_kept(setting, visible)[:, None]
     bare = _bare(key, query.shape[1])
     chosen = _page_kept if setting.method == "pages" else _channel_kept
+    chosen = chosen if setting.select is None else _own_kept
     keep = chosen(setting, query.unflatten(1, (bare.shape[1], -1))[:, :, :, 0], bare, visible, extent)
     return keep.repeat_interleave(query.shape[1] // bare.shape[1], 1)
 
@@ -148,6 +149,18 @@ def _channel_kept(setting: SparseAttention, query: Tensor, key: Tensor, visible:
     return visible[:, None] & _best(setting, scores, _always(setting, visible, NEWEST), visible, position, extent, 1)
 
 
+def _own_kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int) -> Tensor:
+    """Tokens with the largest scores of a function of the user's; shapes as in :func:`_page_kept`."""
+    from fxopt.passes.sparse_attention.own import NEWEST
+
+    found = setting.select(query, key, key.transpose(2, 3))
+    if not found.dtype.is_floating_point:
+        found = torch.full(key.shape[:3], -1.0, device=key.device).scatter(2, found, 1.0)
+    position = torch.arange(key.shape[2], device=key.device)
+    always = _always(setting, visible, NEWEST)
+    return visible[:, None] & _best(setting, found[..., :extent], always, visible, position, extent, 1)
+
+
 def _always(setting: SparseAttention, visible: Tensor, newest: int) -> Tensor:
     rank = visible.cumsum(-1)
     return visible & ((rank <= setting.sinks) | (rank > rank[:, -1:] - newest))
@@ -157,13 +170,11 @@ def _best(
     setting: SparseAttention, scores: Tensor, always: Tensor, visible: Tensor, number: Tensor, extent: int, block: int
 ) -> Tensor:
     """[B, Hkv, N] bool: the blocks that are read; ``number: [S]`` is the block of each position."""
-    from fxopt.passes.sparse_attention import METHODS
     from fxopt.passes.sparse_attention.selection import blocks_to_read
 
     batch, heads, used = scores.shape
     blocks = int(number[-1]) + 1
-    newest = METHODS[setting.method].NEWEST
-    count = blocks_to_read(setting, visible.shape[1], block, newest)
+    count = blocks_to_read(setting, visible.shape[1], block, setting.chosen_by.NEWEST)
     taken = torch.ones(batch, heads, blocks, dtype=torch.bool, device=scores.device)
     if count * block >= extent:
         return taken

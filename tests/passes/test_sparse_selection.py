@@ -258,3 +258,39 @@ def test_channels_of_another_model(eager_lowering):
     fxopt.compile(model, wrong)
     with pytest.raises(Exception, match="calibrated for 7 KV heads"):
         generated(model)
+
+
+def by_channel(q, keys, state):
+    """SparQ's first step: scores on the channels in which the queries are largest."""
+    channels = q.abs().sum(2).topk(4, -1)[1]
+    rows = torch.take_along_dim(state, channels[..., None], 2)
+    return torch.matmul(torch.take_along_dim(q, channels[:, :, None], 3), rows).amax(2)
+
+
+def first_tokens(q, keys, state):
+    """Indices instead of scores."""
+    return torch.matmul(q, keys.transpose(2, 3)).amax(2).topk(16, -1)[1]
+
+
+@pytest.mark.parametrize("function", [by_channel, first_tokens])
+def test_a_function_of_ones_own(function, eager_lowering):
+    model = TINY["llama"]()
+    setting = SparseAttention(select=function, budget=28, min_length=0)
+    dense = generated(model)
+    meant = generated(fxopt.reference(model, setting))
+    fxopt.compile(model, setting, strict=True)
+    torch.testing.assert_close(generated(model), meant, rtol=1e-4, atol=1e-4)
+    assert (dense - meant).abs().max() > 1e-3
+
+
+def test_a_recipe_of_channels(tmp_path, eager_lowering):
+    model = TINY["llama"]()
+    asked = SparseAttention(method="double_sparsity", budget=32, min_length=0, channels=4)
+    recipe = fxopt.tune(model, prompt(4, 128)[0], asked, context=32, show=False)
+    layers = model.config.num_hidden_layers
+    assert list(recipe.paths) == [f"model.layers.{i}.self_attn" for i in range(2, layers)]
+    loaded = fxopt.Recipe.load(recipe.save(tmp_path / "channels.safetensors"))
+    assert loaded.paths == recipe.paths
+    fxopt.compile(model, loaded)
+    generated(model)
+    assert fxopt.report(model).graphs[-1].count("sparse_attention") == layers - 2
