@@ -166,7 +166,7 @@ def evaluate(
 
 @app.command(help=COMMANDS["bench"])
 def bench(
-    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step, recorder.")],
+    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step, sparse, recorder.")],
     technique: Annotated[str, typer.Option(help="For depth: the technique to measure.")] = "layer_skip",
     device: Device = "cpu",
     quick: Quick = False,
