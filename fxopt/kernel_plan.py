@@ -13,7 +13,7 @@ from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.gemm_launch import build, compile_for
 from fxopt.passes.context import PassContext
 from fxopt.passes.flat_gemm import origin
-from fxopt.passes.linear_groups import MAX_ROWS, plan_groups
+from fxopt.passes.linear_groups import plan_groups
 from fxopt.passes.provenance import module_path, origin_ids
 from fxopt.passes.record import GraphRecord, KernelRecord, Remark
 
@@ -32,7 +32,7 @@ def cross_compiled(graph: fx.Graph, record: GraphRecord, device: roofline.Device
         return
     found: dict[tuple[Any, ...], KernelRecord] = {}
     left_out = 0
-    for group in plan_groups(graph, PassContext(graph, "flat_gemm", GraphRecord(-1, "-", "")), MAX_ROWS):
+    for group in plan_groups(graph, PassContext(graph, "flat_gemm", GraphRecord(-1, "-", ""))):
         fused = group.fused
         config = Dataflow(fused.dtype, model=device).config(fused, group.rows) if isinstance(group.rows, int) else None
         if config is None:
@@ -57,10 +57,11 @@ def cross_compiled(graph: fx.Graph, record: GraphRecord, device: roofline.Device
 
 
 def _compiled(fused: Any, config: Any, target: str, where: str) -> KernelRecord | None:
+    failures: tuple[type[Exception], ...] = (Unsupported, *compat.compile_errors())
     try:
         built = build(fused, config, where)
         compiled = compile_for(fused, config, target)
-    except (Unsupported, *compat.compile_errors()):
+    except failures:
         return None
     resources: dict[str, Any] = {"target": target}
     for name, info in compiled.items():

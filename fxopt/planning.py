@@ -156,7 +156,7 @@ def default_inputs(model: nn.Module, device: torch.device | str = "cpu") -> dict
     if getattr(config, "image_size", None) and not getattr(text, "vocab_size", None):
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2  # type: ignore[union-attr]
         return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), *size, device=device)}
-    if not getattr(text, "vocab_size", None):
+    if text is None or not getattr(text, "vocab_size", None):
         raise SettingError(
             f"plan cannot guess the inputs of {type(model).__name__}: give inputs={{...}}, the keyword arguments of "
             "one forward (meta tensors will do)."

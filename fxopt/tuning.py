@@ -3,8 +3,8 @@
 It calibrates (``goal=None``): for each attention module and KV head the range of its softmax inputs, and that of its
 row maxima, which :class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282,
 section 3). Where phi then stands, and whether there is one, depends on the dtype and is decided in the pass. And it
-solves the threshold of :class:`fxopt.EarlyExit` (``goal="agreement=0.97"``), see :mod:`fxopt.exit_tuning`. Channels that carry the scores, for
-``SparseAttention(method="double_sparsity")``: :mod:`fxopt.channel_tuning`.
+solves the threshold of :class:`fxopt.EarlyExit` (``goal="agreement=0.97"``), see :mod:`fxopt.exit_tuning`.
+The channels that carry the scores, for ``SparseAttention(method="double_sparsity")``: :mod:`fxopt.channel_tuning`.
 """
 
 from __future__ import annotations

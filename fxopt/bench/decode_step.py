@@ -80,7 +80,8 @@ class Step:
         place = torch.device(device)
         self.cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.float32, place)
         generator = torch.Generator().manual_seed(1)
-        for layer in self.cache.layers:
+        layers: Any = self.cache.layers
+        for layer in layers:
             for tensor in (layer.keys, layer.values):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
         self.token = torch.full((1, 1), 17, device=device)

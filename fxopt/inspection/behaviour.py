@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxopt.meaning import reference
 from fxopt.passes.exit_counters import counters
-from fxopt.passes.mod_reference import watching
+from fxopt.passes.mod_counters import watching
 from fxopt.passes.technique import Technique
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def counted(report: Report) -> list[Picture]:
     for counter in counters():
         histogram = counter.histogram
         graph = numbers.get(counter.graph)
-        if graph is not None and graph.owner == counter.owner and sum(histogram.values()):
+        if graph is not None and graph.owner == counter.owner and any(histogram.values()):
             found.append(
                 Picture(
                     "histogram", f"graph {graph.compile_id}: rows by the layers that ran", ["rows"],

@@ -31,9 +31,8 @@ class Program:
     def function(self) -> ast.FunctionDef:
         names = [ast.arg(arg=name) for name in ("self", *self.parameters)]
         arguments = ast.arguments(posonlyargs=[], args=names, kwonlyargs=[], kw_defaults=[], defaults=[])
-        function = ast.FunctionDef(
-            name="forward", args=arguments, body=list(self.statements), decorator_list=[], type_params=[]
-        )
+        function = ast.FunctionDef(name="forward", args=arguments, body=list(self.statements), decorator_list=[])
+        function.type_params = []  # type: ignore[attr-defined]  # a field since Python 3.12
         return ast.fix_missing_locations(function)
 
     def only(self, kept: list[ast.stmt]) -> Program | None:
