@@ -26,9 +26,8 @@ class Step(torch.nn.Module):
         keys.index_copy_(2, at, new)
         values.index_copy_(2, at, new)
         group, length = self.heads // self.kv_heads, keys.shape[2]
-        repeated = (q.shape[0], self.kv_heads, group, length, -1)
-        keys, values = (x[:, :, None].expand(repeated).flatten(1, 2) for x in (keys, values))
-        keys, values = (x.reshape(q.shape[0], self.heads, length, -1) for x in (keys, values))
+        shape, repeated = (B, self.kv_heads, group, length, D), (B, self.heads, length, D)
+        keys, values = (x[:, :, None].expand(shape).reshape(repeated) for x in (keys, values))
         if self.form == "sdpa":
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         scores = (q @ keys.transpose(-1, -2)) * D**-0.5
