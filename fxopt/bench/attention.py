@@ -1,6 +1,6 @@
 """``fxopt bench attention``: the attentions of a decode step, on static caches that are filled to a part.
 
-Eight attentions run one after another in one graph, as in a model, each on a cache of its own; times are for one. (One
+Four attentions run one after another in one graph, as in a model, each on a cache of its own; times are for one. (One
 alone, called between other work, mostly measures how cold Python is.) Every peer writes the new key and value and
 attends with one new token. The peers that read the whole cache are shown at every filled length; the bound is the time
 to read the filled keys and values at the bandwidth that a plain sum over a large tensor reaches on this machine.
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fxopt.bench.harness import Peer, Result, check_equal, environment, measure, progress_bar
 from fxopt.compiler import compile as fxopt_compile
 
-HEADS, KV_HEADS, WIDTH, LAYERS = 32, 8, 128, 8
+HEADS, KV_HEADS, WIDTH, LAYERS = 32, 8, 128, 4
 FLEX = "flex_attention"
 
 
@@ -65,7 +65,7 @@ class Decode(nn.Module):
 
 def run(*, device: str = "cpu", quick: bool = False) -> Result:
     """At an eighth, a half and all of the cache; the first peer is the one the ratios refer to."""
-    length, rounds = (1024, 5) if quick else (4096, 24)
+    length, rounds = (1024, 5) if quick else (4096, 16)
     command = f"fxopt bench attention{' --quick' if quick else ''} --device {device}"
     result = Result("attention", command, environment(device))
     bandwidth = read_bandwidth(device, 1 << (22 if quick else 26))
