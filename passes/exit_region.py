@@ -134,8 +134,8 @@ def defer_writes(graph: fx.Graph, layers: Sequence[Layer], rewriter: Rewriter) -
             if op_name(node) != "index_copy_" or node.args[0] is not target:
                 raise RegionError(
                     "FX208", node, f"{op_name(node)} updates the cache in place, which torch.cond refuses in its "
-                    f"branches before torch 2.12 (this is {torch.__version__}), and in the branches of a second exit in "
-                    "any version; use one exit"
+                    f"branches before torch 2.12 (this is {torch.__version__}), and in those of a second exit in any; "
+                    "use one exit"
                 )  # fmt: skip
             copied = rewriter.method("index_copy", node.args, node.kwargs, like=node, before=node)
             position = {n: i for i, n in enumerate(graph.nodes)}
