@@ -60,7 +60,7 @@ def solve(model: Any, cut: Sequence[scoring.Window], technique: EarlyExit, goal:
     if technique.confidence == "patience":
         raise SettingError(f"{technique}: the threshold of patience is a count of exits; tune solves for numbers.")
     technique.check(model)
-    prompt = max(1, len(cut[0].inputs) // 2)
+    prompt = (len(cut[0].inputs) + 1) // 2  # as fxopt.evaluate cuts
     first = prompt - 1
     states = [exit_scores(model, window, technique, first) for window in cut]
     sure, right = torch.cat([s for s, _, _ in states]), torch.cat([r for _, r, _ in states])  # [N, exits]

@@ -280,9 +280,10 @@ class EarlyExit(Technique):
         exit_nodes(
             trial, _identity(layers, [layers[0].input, *(layer.output for layer in layers)], self.layers[0]), layers
         )
-        late = (
-            [] if branches_may_write() or not trial.effects else defer_writes(graph, layers[self.layers[0] :], rewriter)
-        )
+        # Exits nest, and a cond inside a branch may not write in any version of torch: it is functionalised without the
+        # mode that knows of writes ("cond_true might be modifying the input!").
+        written = trial.effects and (len(self.layers) > 1 or not branches_may_write())
+        late = defer_writes(graph, layers[self.layers[0] :], rewriter) if written else []
         checker = Checker(self, stack, head, rewriter)
         stream = [layers[0].input, *(layer.output for layer in layers)]
         checks: list[Check] = []

@@ -14,8 +14,9 @@ After::
 input: the cache updates, which then read h1 through each layer's own norm and projections (KV policy ``propagate``),
 and the outputs. Only the branch that is taken runs.
 
-A branch may write its operands in place from torch 2.12 on. Before, the writes are made after the branches join:
-each branch returns the rows, and attention reads a copy of the cache that holds them.
+A branch may write its operands in place from torch 2.12 on, a branch within a branch (the second exit) in no version.
+Otherwise the writes are made after the branches join: each branch returns the rows, and attention reads a copy of the
+cache that holds them.
 """
 
 from __future__ import annotations
@@ -132,9 +133,9 @@ def defer_writes(graph: fx.Graph, layers: Sequence[Layer], rewriter: Rewriter) -
                 continue
             if op_name(node) != "index_copy_" or node.args[0] is not target:
                 raise RegionError(
-                    "FX208", node, f"{op_name(node)} updates the cache in place, and this version of torch "
-                    f"({torch.__version__}) refuses writes in the branches of torch.cond; torch 2.12 and later take "
-                    "them"
+                    "FX208", node, f"{op_name(node)} updates the cache in place, which torch.cond refuses in its "
+                    f"branches before torch 2.12 (this is {torch.__version__}), and in those of a second exit in any; "
+                    "use one exit"
                 )  # fmt: skip
             copied = rewriter.method("index_copy", node.args, node.kwargs, like=node, before=node)
             position = {n: i for i, n in enumerate(graph.nodes)}

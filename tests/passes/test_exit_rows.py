@@ -9,6 +9,7 @@ import torch
 from transformers import StaticCache
 
 import fxopt
+from fxopt.passes import kv_policy
 from fxopt.passes.early_exit import EarlyExit
 from fxopt.testing import TINY
 
@@ -118,7 +119,8 @@ def test_a_growing_cache_is_cropped(compiled):
     torch.testing.assert_close(compiled(token, past_key_values=cache, use_cache=True).logits, wanted)
 
 
-def test_together_with_mixture_of_depths_is_refused():
-    model = fxopt.compile(sharp(), EACH, fxopt.MixtureOfDepths(capacity=0.5), strict=True)
-    with pytest.raises(Exception, match="mixture of depths keeps fewer cache rows"), torch.no_grad():
-        model(IDS, use_cache=False)
+def test_the_table_forbids_mixture_of_depths():
+    other, reason = kv_policy.conflict("early_exit", {"layer_skip", "mixture_of_depths"})
+    assert other == "mixture_of_depths"
+    assert "fewer cache rows" in reason
+    assert kv_policy.conflict("early_exit", {"early_exit", "layer_skip"}) is None
