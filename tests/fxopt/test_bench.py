@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from fxopt.bench import load_suite
 from fxopt.bench.harness import Peer, Result, check_equal, environment, measure, quartiles
 
 
@@ -50,3 +51,13 @@ def test_result_files(tmp_path):
     pytest.importorskip("matplotlib")
     result.plot(tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_recorder_quick():
+    result = load_suite("recorder")(quick=True)
+    recorder = next(row for row in result.rows if row.peer == "recorder")
+    assert recorder.ratio is not None and 0 < recorder.ratio < 0.1  # the goal of 0.02 is for an idle machine
+    assert "byte-identical" in result.remarks[0]
+    with pytest.raises(ValueError, match="--device cpu"):
+        load_suite("recorder")(device="cuda")
