@@ -34,10 +34,11 @@ types: $(VENV)/.ready
 	ln -s $(CURDIR)/fxopt/* $(CURDIR)/passes $(CURDIR)/codegen build/types/fxopt/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fxopt
 
-# The oldest and the newest torch that fxopt supports, each in an environment of its own.
+# The oldest and the newest torch that fxopt supports, each in an environment of its own. The interpreter of Triton 3.6,
+# which comes with the oldest, reads numbers in a way that numpy 2.4 no longer allows.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet torch==2.11.0 transformers==5.17.0
+	.venv-oldest/bin/pip install --quiet torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 	.venv-oldest/bin/pip install --quiet -e '.[dev]'
 	.venv-oldest/bin/python -m pytest
 

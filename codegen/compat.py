@@ -65,6 +65,11 @@ def torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def cond_may_write() -> bool:
+    """Whether the branches of ``torch.cond`` may write their operands in place; torch 2.11 refuses that."""
+    return torch_version() >= (2, 12)
+
+
 def annotate(entries: dict[str, str]) -> Any:
     """Context manager that writes `entries` into ``node.meta["custom"]`` of every node traced inside."""
     from torch.fx.traceback import annotate as torch_annotate

@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 
 from fxopt.codegen import compat, roofline
+from fxopt.codegen.files import write_whole
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.epilogue import Epilogue, Extra, Output, Step, dtype_name
 from fxopt.codegen.kernels.gemm import MAX_ROWS, Config, Family, FusedLinear, configure, reference, shared_bytes
 from fxopt.codegen.kernels.gemm_launch import run
-from fxopt.codegen.source import cache_folder, write_atomically
+from fxopt.codegen.source import cache_folder
 
 Choice = Literal["gemv", "flat", "library"]
 TorchDevice = torch.device
@@ -116,7 +117,8 @@ class Table:
         entries = {f"{n},{k}": asdict(entry) for (n, k), entry in sorted(self.entries.items())}
         text = json.dumps({"schema": SCHEMA, "key": asdict(self.key), "entries": entries}, indent=1)
         try:
-            write_atomically(path, text + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text + "\n")
         except OSError as problem:
             warnings.warn(f"fxopt keeps its measured table in memory only, {path} cannot be written: {problem}")
             return False

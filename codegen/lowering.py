@@ -3,7 +3,7 @@
 ``torch.ops.fxopt.decode_attention`` computes what :func:`fxopt.codegen.ops.attention.attention` computes, for at most
 16 new tokens, and takes in addition the unified maximum ``phi`` of asynchronous softmax (None: online softmax). On CUDA
 and ROCm it launches the kernels of :mod:`fxopt.codegen.kernels.attention`; elsewhere phi, which changes no softmax, is
-not needed and the PyTorch body runs.
+not needed and the PyTorch body runs. Its second result counts rows, [2] int64: recomputed with online softmax, all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KERNEL_DEVICES = ("cuda",)
 
 SCHEMA = (
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? extent=None, "
-    "Tensor? sinks=None, Tensor? phi=None, *, float scale, float soft_cap=0.0, int split_size=256) -> Tensor"
+    "Tensor? sinks=None, Tensor? phi=None, *, float scale, float soft_cap=0.0, int split_size=256) -> (Tensor, Tensor)"
 )
 
 
@@ -89,11 +89,12 @@ def lowered(
     scale: float,
     soft_cap: float = 0.0,
     split_size: int = SPLIT_SIZE,
-) -> Tensor:
-    """The operator's body: kernels where they run, PyTorch elsewhere. Returns [B, Hq, T, DV], contiguous."""
+) -> tuple[Tensor, Tensor]:
+    """The operator's body: kernels where they run, PyTorch elsewhere. [B, Hq, T, DV], contiguous, and row counts."""
     if query.device.type not in KERNEL_DEVICES:
         out = attention(query, key, value, mask, extent, sinks, scale=scale, soft_cap=soft_cap)
-        return out.contiguous(memory_format=torch.contiguous_format).view(-1).view(out.shape)
+        counts = torch.tensor([0, out.shape[:3].numel()], device=out.device)
+        return out.contiguous(memory_format=torch.contiguous_format).view(-1).view(out.shape), counts
     return launch(query, key, value, mask, extent, sinks, phi, scale=scale, soft_cap=soft_cap, split_size=split_size)
 
 
@@ -109,15 +110,14 @@ def launch(
     scale: float,
     soft_cap: float,
     split_size: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Run the generated kernels; no host synchronisation."""
     variant = describe(
         query, key, value, mask, extent, sinks, unified=phi is not None, soft_cap=soft_cap, split_size=split_size
     )
     # One extent for all rows here; the kernel takes one for each.
     rows = None if extent is None else extent.expand(query.shape[0])
-    out, _ = decode_attention(variant, query, key, value, scale=scale, mask=mask, extent=rows, phi=phi, sinks=sinks)
-    return out
+    return decode_attention(variant, query, key, value, scale=scale, mask=mask, extent=rows, phi=phi, sinks=sinks)
 
 
 def _fake(
@@ -132,8 +132,8 @@ def _fake(
     scale: float,
     soft_cap: float = 0.0,
     split_size: int = SPLIT_SIZE,
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(2, dtype=torch.int64)
 
 
 LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))

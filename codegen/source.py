@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fxopt.codegen.files import write_whole
+
 CACHE_VARIABLE = "FXOPT_CACHE_DIR"
 
 _import_lock = threading.RLock()
@@ -48,19 +50,6 @@ def _temporary_folder(refused: Path) -> tempfile.TemporaryDirectory[str]:
         stacklevel=4,
     )
     return folder
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a reader sees the old file or the new one, never a part; raises OSError when it cannot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _header_block(name: str, header: Mapping[str, str]) -> str:
@@ -97,11 +86,13 @@ def write_source(name: str, body: str, header: Mapping[str, str]) -> Path:
         # A file cut short by a full disk or an older tool is written again; a whole one is left for its other readers.
         if path.exists() and path.read_text(encoding="utf-8").endswith("\n\n" + body):
             return path
-        write_atomically(path, text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
     except (OSError, UnicodeDecodeError):
         path = Path(_temporary_folder(chosen).name) / "kernels" / file_name
         if not path.exists():
-            write_atomically(path, text)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
     return path
 
 

@@ -6,7 +6,8 @@ import torch
 
 import fxopt
 from fxopt.passes.mixture_of_depths import MixtureOfDepths
-from fxopt.passes.mod_reference import auxiliary_loss, watching
+from fxopt.passes.mod_counters import watching
+from fxopt.passes.mod_reference import auxiliary_loss
 
 
 def step_time(model, ids, rounds):

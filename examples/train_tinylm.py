@@ -37,6 +37,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fxopt.codegen.files import whole_file, write_whole
 from fxopt.tinylm import corpus
 from fxopt.tinylm.needle import planted
 from fxopt.tinylm.training import (
@@ -83,11 +84,11 @@ def prepare(
     listing = {"python": sys.version.split()[0], "train": {}, "heldout": {}}
     for part, texts in (("train", {n: train[n] for n in sorted(names)}), ("heldout", held)):
         listing[part] = {n: hashlib.sha256(t.encode()).hexdigest()[:16] for n, t in sorted(texts.items())}
-    corpus.write_atomic(out / "data.json", json.dumps(listing, indent=0))
-    corpus.write_atomic(out / "heldout.txt", corpus.heldout_text(held))
+    write_whole(out / "data.json", json.dumps(listing, indent=0))
+    write_whole(out / "heldout.txt", corpus.heldout_text(held))
     stream = np.array(ids, dtype=np.uint16)
-    np.save(work / "stream.part.npy", stream)
-    os.replace(work / "stream.part.npy", work / "stream.npy")
+    with whole_file(work / "stream.npy") as part:
+        np.save(part, stream)
     return tokenizer, stream
 
 
@@ -175,15 +176,14 @@ class State:
         self.history: list[tuple[Any, ...]] = []
 
     def save(self) -> None:
-        """Into a new file first, then renamed: an interruption leaves the earlier checkpoint whole."""
-        part = self.path.with_suffix(".part")
-        torch.save({
-            "model": self.model.state_dict(), "muon": self.muon.buffers, "adam": self.adam.state_dict(),
-            "cursor": self.feeder.cursor, "step": self.step, "elapsed": self.elapsed, "tokens": self.tokens,
-            "history": self.history, "recipe": asdict(self.recipe),
-        }, part)  # fmt: skip
-        os.replace(part, self.path)
-        corpus.write_atomic(self.path.parents[1] / "curve.json", json.dumps(self.history))
+        """An interruption leaves the earlier checkpoint whole."""
+        with whole_file(self.path) as part:
+            torch.save({
+                "model": self.model.state_dict(), "muon": self.muon.buffers, "adam": self.adam.state_dict(),
+                "cursor": self.feeder.cursor, "step": self.step, "elapsed": self.elapsed, "tokens": self.tokens,
+                "history": self.history, "recipe": asdict(self.recipe),
+            }, part)  # fmt: skip
+        write_whole(self.path.parents[1] / "curve.json", json.dumps(self.history))
 
     def resume(self) -> None:
         """Go on from the checkpoint. Raises FileNotFoundError without one, ValueError when it is of another recipe."""
@@ -328,7 +328,7 @@ def ship(model: Any, out: Path) -> None:
     copy.load_state_dict(model.state_dict())
     copy.half().save_pretrained(part)
     config = json.loads((part / "config.json").read_text())
-    corpus.write_atomic(part / "config.json", json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    write_whole(part / "config.json", json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     for file in ("config.json", "generation_config.json", "model.safetensors"):
         os.replace(part / file, out / file)
 
@@ -353,9 +353,8 @@ def plot_curve(history: list[tuple[Any, ...]], path: Path) -> None:
     axes.set_xlabel("tokens, millions")
     axes.set_ylabel("loss, nats per token (planted copies included)")
     axes.legend()
-    part = path.with_name("curve.part.png")
-    figure.savefig(part, dpi=110)
-    os.replace(part, path)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110)
 
 
 def evaluate(folder: Path | None) -> None:
@@ -367,7 +366,7 @@ def evaluate(folder: Path | None) -> None:
     metrics = measure(model, tokenizer, ((folder or tinylm.FOLDER) / tinylm.HELDOUT.name).read_text(encoding="utf-8"))
     print(json.dumps(metrics, indent=1))
     if folder:
-        corpus.write_atomic(folder / tinylm.METRICS.name, json.dumps(metrics, indent=1) + "\n")
+        write_whole(folder / tinylm.METRICS.name, json.dumps(metrics, indent=1) + "\n")
 
 
 def main() -> None:

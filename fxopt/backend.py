@@ -16,7 +16,7 @@ from torch import fx
 from fxopt import reporting
 from fxopt.codegen import compat
 from fxopt.options import Setting, Settings, parse_options
-from fxopt.passes import order
+from fxopt.passes import order, state
 from fxopt.passes.context import PassContext
 from fxopt.passes.provenance import first_place, module_stack, name_modules, number_nodes
 from fxopt.passes.record import GraphRecord, Recorder, Remark
@@ -69,6 +69,7 @@ def compile_graph(
     """Record, rewrite and lower one captured graph."""
     started = time.perf_counter()
     record = reporting.new_record(compat.compile_id(), settings.owner)
+    gm = _own(gm)
     try:
         number_nodes(gm.graph)
         name_modules(gm.graph, paths)
@@ -77,7 +78,8 @@ def compile_graph(
         recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
         gm, wrappers, patches = run_passes(gm, record, recorder, settings)
         lowering = time.perf_counter()
-        compiled = compat.compile_with_inductor(gm, example_inputs, settings.mode, patches)
+        inputs = [*example_inputs, *state.examples(gm.graph)]
+        compiled = compat.compile_with_inductor(gm, inputs, settings.mode, patches)
         record.inductor_seconds = time.perf_counter() - lowering
     except BaseException as error:
         record.error = f"{type(error).__name__}: {error}"
@@ -146,7 +148,9 @@ def run_passes(
             message = f"{setting.technique}: a graph break inside the decorated module took its annotation"
             record.remarks.append(Remark(setting.technique.name, "analysis", "", message, "FX602"))
     gm.recompile()
-    return gm, wrappers, patches
+    keep = state.wrapper(gm.graph)
+    # Innermost: it knows where each input of the graph stands.
+    return gm, ([keep] if keep is not None else []) + wrappers, patches
 
 
 def run_pass(
@@ -210,6 +214,16 @@ def run_pass(
             "raises."
         )
     return context
+
+
+def _own(gm: fx.GraphModule) -> fx.GraphModule:
+    """The module with a graph that passes may add inputs to: Dynamo goes by the inputs of its own afterwards."""
+    copied = fx.GraphModule(gm, _copy_graph(gm.graph), gm.__class__.__name__)
+    for name, value in vars(gm).items():
+        if name not in vars(copied):
+            setattr(copied, name, value)
+    copied.meta = gm.meta
+    return copied
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -56,12 +56,12 @@ def techniques_of(settings: list[str] | None) -> list[Technique]:
 @app.command(help=COMMANDS["demo"])
 def demo(
     model: Model = None,
-    tokens: Annotated[int, typer.Option(help="New tokens to generate.")] = 48,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to show.")] = 48,
 ) -> None:
     from fxopt import demonstration
 
     try:
-        demonstration.run(model, new_tokens=tokens)
+        demonstration.run(model, shown=tokens)
     except (SettingError, OSError, ImportError) as error:
         fail(str(error))
 
@@ -115,10 +115,10 @@ def plan(
 def tune(
     model: Model = None,
     data: Annotated[pathlib.Path | None, typer.Option(help="A text file; default: the shipped held-out text.")] = None,
-    only: Annotated[str, typer.Option(help="What to calibrate.")] = "async_softmax",
+    only: Annotated[str, typer.Option(help="What to tune, as for --set; early_exit wants a goal.")] = "async_softmax",
     output: Annotated[pathlib.Path, typer.Option(help="The recipe to write.")] = pathlib.Path("recipe.safetensors"),
     limit: Annotated[int, typer.Option(help="Tokens of the text to read.")] = 8192,
-    goal: Annotated[str | None, typer.Option(help="Not in this version.")] = None,
+    goal: Annotated[str | None, typer.Option(help="For early_exit: agreement=0.97.")] = None,
 ) -> None:
     from fxopt.evaluation import load_model as load_scored
     from fxopt.tinylm import HELDOUT
@@ -134,6 +134,8 @@ def tune(
         fail(str(error))
     for module, technique in recipe.paths.items():
         print(f"{module:<40} {technique}")
+    for technique in recipe.techniques:
+        print(technique)
     print(f"written: {path}")
 
 
@@ -164,7 +166,7 @@ def evaluate(
 
 @app.command(help=COMMANDS["bench"])
 def bench(
-    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, recorder.")],
+    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step, sparse, recorder.")],
     technique: Annotated[str, typer.Option(help="For depth: the technique to measure.")] = "layer_skip",
     device: Device = "cpu",
     quick: Quick = False,

@@ -43,9 +43,16 @@ def compile(
     Raises:
         SettingError: for a setting that is misspelt or cannot be applied to this model.
 
+    A technique that adds parameters (``MixtureOfDepths``: routers) adds them here, as decorating the model would; they
+    stay when the model is compiled again without it. Make the optimizer afterwards.
+
     ``copy.deepcopy`` and pickle keep decorations and drop the compilation, as torch does: compile the copy.
     """
-    settings, _ = settle(model, techniques, mode=mode, disable=disable, strict=strict)
+    settings, whole = settle(model, techniques, mode=mode, disable=disable, strict=strict)
+    for technique in whole.values():
+        if technique.name not in Decorated.techniques(model):  # a decoration is nearer, and prepared the model itself
+            technique.prepare(model)
+            technique.check(model)
     model.compile(backend=_backend(model, settings), dynamic=dynamic)
     return model
 

@@ -1,105 +1,76 @@
-"""``fxopt demo``: a real model, a real prompt, text out, tokens per second, and what was rewritten."""
+"""``fxopt demo``: a real model, a real text, speed and quality of what fxopt does to it, and what was rewritten."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
-from torch import nn
 
 from fxopt.compiler import compile as fxopt_compile
 from fxopt.meaning import shared_copy
+from fxopt.passes.early_exit import EarlyExit
 from fxopt.passes.layer_skip import LayerSkip
+from fxopt.passes.modules import module_stacks
+from fxopt.passes.technique import Technique
 from fxopt.reporting import report
 
-PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a text file.'
+CONTEXT = 512
+"""Tokens of a window: half of them are the prompt, the rest is written or scored token by token."""
+WRITTEN = CONTEXT // 2 + 1
+"""Tokens after the prompt, in text, score and timing alike: one cache size, so that each graph compiles once."""
 
 
-def run(
-    model_name: str | None = None, *, new_tokens: int = 48, rounds: int = 3, page: str = "fxopt-report.html"
-) -> None:
-    """Print the demo. `model_name`: a Hugging Face folder or hub name; default: the model that ships with fxopt."""
-    model, tokenizer, name = _load(model_name)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, "
+def run(model_name: str | None = None, *, shown: int = 48, page: str = "fxopt-report.html") -> None:
+    """Print the demo. `model_name`: a Hugging Face folder or hub name; default: the model that ships with fxopt. Of the
+    text that it writes the first `shown` tokens are printed.
+
+    Generates a continuation of a held-out text in eager PyTorch and through fxopt, whose tokens have to be identical,
+    then scores and times the exact rewrites and two approximate techniques against eager and Inductor.
+    """
+    from fxopt import tinylm
+    from fxopt.evaluation import evaluate, load_model
+
+    model, tokenizer = load_model(model_name or "tinylm")
+    text = tinylm.HELDOUT.read_text(encoding="utf-8")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{model_name or 'tinylm (ships with fxopt)'}: {size:.1f} million parameters, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")  # fmt: skip
-    ids = _encode(tokenizer, model)
-    skip = LayerSkip(speedup=1.5, phase="decode")
-    ways: dict[str, tuple[nn.Module, str]] = {
-        "eager": (shared_copy(model), "the model as it is"),
-        "inductor": (shared_copy(model), 'model.compile(backend="inductor")'),
-        "fxopt exact": (shared_copy(model), "fxopt.compile(model)"),
-        "fxopt layer_skip": (shared_copy(model), f"fxopt.compile(model, {skip})"),
-    }
-    ways["inductor"][0].compile(backend="inductor")
-    fxopt_compile(ways["fxopt exact"][0])
-    fxopt_compile(ways["fxopt layer_skip"][0], skip)
-    outputs: dict[str, torch.Tensor] = {}
+    compiled = fxopt_compile(shared_copy(model))
+    prompt = torch.tensor([tokenizer.encode(text)[: CONTEXT // 2]])
+    # Dynamo counts the graphs of all copies of a model together.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
-        for key, (chosen, _) in ways.items():
-            print(f"  compiling and warming up: {key} ...", end="\r", flush=True)
-            outputs[key] = _generate(chosen, ids, new_tokens)
-        times: dict[str, list[float]] = {key: [] for key in ways}
-        for _ in range(rounds):
-            for key, (chosen, _) in ways.items():
-                started = time.perf_counter()
-                _generate(chosen, ids, new_tokens)
-                times[key].append(time.perf_counter() - started)
-    rates = {key: new_tokens / sorted(values)[len(values) // 2] for key, values in times.items()}
-    best = max(rates["eager"], rates["inductor"])
-    print(f"{'':<18} {'tokens/s':>9} {'vs best peer':>13}  {'tokens equal to eager':<22}" + " " * 12)
-    for key in ways:
-        equal = _agreement(outputs["eager"], outputs[key], ids.shape[1])
-        print(f"{key:<18} {rates[key]:>9.1f} {rates[key] / best:>12.2f}x  {equal}")
-    for key, (_, line) in ways.items():
-        print(f"\n--- {key}: {line}\n{_decode(tokenizer, outputs[key][0])}")
-    print()
-    for key in ("fxopt exact", "fxopt layer_skip"):
-        print(report(ways[key][0]).summary())
+        expected, found = (_generate(way, prompt) for way in (model, compiled))
+    print(f"--- the last lines of a prompt of {prompt.shape[1]} tokens\n{_last_lines(tokenizer.decode(prompt[0]))}")
+    print(f"--- fxopt.compile(model) writes\n{tokenizer.decode(found[0, prompt.shape[1] :][:shown])}")
+    print(f"--- {WRITTEN} tokens identical to eager PyTorch: {'yes' if torch.equal(expected, found) else 'NO'}\n")
+    table = evaluate(
+        model, text, (), *techniques(model, trained=model_name is None), tokenizer=tokenizer, context=CONTEXT,
+        limit=CONTEXT // 2, decode_steps=WRITTEN - 1, rounds=1,
+    )  # fmt: skip
+    print(f"{table}\n\n{report(compiled).summary()}")
     try:
-        path = report(ways["fxopt layer_skip"][0]).to_html(page)
-        print(f"\nreport: {path}")
+        print(f"\nreport: {report(compiled).to_html(page)}")
     except ImportError as error:
         print(f"\nno page: {error}")
 
 
-def _load(name: str | None) -> tuple[Any, Any, str]:
-    from fxopt import tinylm
-    from fxopt.evaluation import load_model
+def techniques(model: Any, trained: bool) -> tuple[Technique, ...]:
+    """What the demo shows beside the exact rewrites.
 
-    if name is not None:
-        model, tokenizer = load_model(name)
-        return model, tokenizer, name
-    try:
-        model, tokenizer = tinylm.load()
-        return model, tokenizer, "tinylm (ships with fxopt)"
-    except FileNotFoundError:
-        from fxopt.bench.models import llama
-
-        return llama(8, 256, 8, 2, vocab_size=256), None, "a Llama with random weights (bytes as tokens)"
+    `trained`: the model had layer dropout and early-exit losses, so that its last layers are the ones to spare.
+    """
+    layers = len(module_stacks(model)[-1])
+    last = tuple(range(layers - layers // 3, layers))
+    skip = LayerSkip(skip=last, phase="decode") if trained else LayerSkip(speedup=1.5, phase="decode")
+    return skip, EarlyExit(layers=(layers // 2,), confidence="state", threshold=0.9, phase="decode")
 
 
-def _encode(tokenizer: Any, model: Any) -> torch.Tensor:
-    if tokenizer is None:
-        return torch.tensor([list(PROMPT.encode())])
-    return torch.tensor([tokenizer.encode(PROMPT)])
-
-
-def _decode(tokenizer: Any, ids: torch.Tensor) -> str:
-    if tokenizer is None:
-        return bytes(ids.tolist()).decode("utf-8", "replace")
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _generate(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+def _generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=WRITTEN, min_new_tokens=WRITTEN,
         do_sample=False, cache_implementation="static", disable_compile=True, pad_token_id=0,
     )  # fmt: skip
 
 
-def _agreement(expected: torch.Tensor, found: torch.Tensor, prompt: int) -> str:
-    length = min(expected.shape[1], found.shape[1])
-    same = (expected[:, prompt:length] == found[:, prompt:length]).sum().item()
-    total = expected.shape[1] - prompt
-    return "identical" if same == total else f"{same} of {total}"
+def _last_lines(text: str, lines: int = 8) -> str:
+    return "\n".join(text.splitlines()[-lines:])

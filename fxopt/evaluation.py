@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt import scoring
+from fxopt.codegen.files import whole_file, write_whole
 
 SCHEMA_VERSION = 1
 DECODE_TECHNIQUES = {"early_exit", "sparse_attention"}
@@ -127,14 +127,8 @@ class Table:
         if axes.lines:
             axes.legend(fontsize="small")
         target = Path(path)
-        part = target.with_name(target.stem + ".part" + (target.suffix or ".png"))
-        try:
+        with whole_file(target) as part:
             figure.savefig(part, dpi=150)
-            os.replace(part, target)
-        except OSError as error:
-            raise PermissionError(
-                f"cannot write {target}: {error}. Give a path in a folder that you can write to"
-            ) from error
         return target
 
 
@@ -147,22 +141,6 @@ def _quality(row: Row) -> float | None:
     if row.bits_per_byte is not None or row.perplexity is None:
         return row.bits_per_byte
     return torch.tensor(row.perplexity).log2().item()
-
-
-def write_whole(path: str | Path, text: str) -> Path:
-    """Write a file under another name and rename it. Raises PermissionError with the next step when the folder cannot
-    be written.
-    """
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write {target}: {error}. Give a path in a folder that you can write to"
-        ) from error
-    return target
 
 
 def load_model(name_or_path: str | Path = "tinylm", dtype: Any = None) -> tuple[Any, Any]:

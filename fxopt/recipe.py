@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.codegen.files import whole_file
 from fxopt.passes.technique import SettingError, Technique, nearest
 
 SCHEMA_VERSION = 1
@@ -60,17 +60,10 @@ class Recipe:
             "paths": {p: t.to_dict() for p, t in self.paths.items()},
             "notes": self.notes,
         }
-        target = pathlib.Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=target.name, suffix=".part")
-        os.close(handle)
-        try:
-            tensors = {k: v.detach().cpu().contiguous() for k, v in self.data.items()}
-            save_file(tensors, temporary, metadata={"fxopt_recipe": json.dumps(header, sort_keys=True)})
-            os.replace(temporary, target)
-        except BaseException:
-            pathlib.Path(temporary).unlink(missing_ok=True)
-            raise
-        return target
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.data.items()}
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata={"fxopt_recipe": json.dumps(header, sort_keys=True)})
+        return pathlib.Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:

@@ -7,7 +7,6 @@ import logging
 import os
 import pathlib
 import re
-import tempfile
 import threading
 import weakref
 from collections import deque
@@ -17,7 +16,11 @@ from typing import Any
 from torch import nn
 
 from fxopt.codegen import compat
+from fxopt.codegen.files import write_whole
+from fxopt.passes import exit_counters
+from fxopt.passes.mod_counters import routing, routing_lines
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, KernelRecord, Remark, Stage
+from fxopt.passes.run_counters import read_all
 from fxopt.passes.technique import SettingError, Technique, nearest
 
 log = logging.getLogger("fxopt")
@@ -77,8 +80,17 @@ class Lazy:
 class Report:
     """What was done to one model: its compiled graphs with stages, remarks and kernels."""
 
-    def __init__(self, graphs: Iterable[GraphRecord], environment: dict[str, str] | None = None) -> None:
+    routing: dict[str, dict[str, Any]]
+    """Tokens that mixture of depths computed, by layer path, where the model was watched: ``passes/mod_counters``."""
+
+    def __init__(
+        self,
+        graphs: Iterable[GraphRecord],
+        environment: dict[str, str] | None = None,
+        routing: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
         self.graphs: tuple[GraphRecord, ...] = tuple(graphs)
+        self.routing = routing or {}
         self.environment = environment or _environment()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -106,7 +118,10 @@ class Report:
         """One block of text per graph, at most 100 columns wide."""
         if not self.graphs:
             return "fxopt: nothing has been compiled yet"
-        return "\n".join(graph_summary(graph) for graph in self.graphs)
+        blocks = [graph_summary(graph) for graph in self.graphs]
+        if self.routing:
+            blocks += ["tokens computed by routed layers, while watched:", *routing_lines(self.routing)]
+        return "\n".join(blocks)
 
     def why(self, technique: str, module_path: str = "") -> str:
         """One paragraph: what happened to `technique` at `module_path` (or everywhere), why, and what to do."""
@@ -133,6 +148,7 @@ class Report:
             "schema_version": SCHEMA_VERSION,
             "environment": self.environment,
             "graphs": [graph.to_dict() for graph in self.graphs],
+            **({"routing": self.routing} if self.routing else {}),
         }
 
     def to_json(self, path: str | os.PathLike[str], *, times: bool = True) -> pathlib.Path:
@@ -140,7 +156,7 @@ class Report:
         text = json.dumps(self.to_dict(), indent=1, sort_keys=True, default=str) + "\n"
         if not times:
             text = re.sub(r'("(?:inductor_)?seconds": )[0-9.e-]+', r"\g<1>0.0", text)
-        return write_text(path, text)
+        return write_whole(path, text)
 
     def to_html(self, path: str | os.PathLike[str], pictures: Iterable[Any] = ()) -> pathlib.Path:
         """Write the report as one self-contained page; returns the path. `pictures`: what
@@ -148,7 +164,7 @@ class Report:
         from fxopt.inspection.behaviour import counted
         from fxopt.inspection.html import page
 
-        return write_text(path, page(self, pictures=[*counted(self), *pictures]))
+        return write_whole(path, page(self, pictures=[*counted(self), *pictures]))
 
     @classmethod
     def from_dict(cls, data: Any) -> Report:
@@ -161,7 +177,8 @@ class Report:
                 "write it again with the installed version"
             )
         try:
-            return cls([GraphRecord.from_dict(g) for g in data["graphs"]], dict(data["environment"]))
+            graphs = [GraphRecord.from_dict(g) for g in data["graphs"]]
+            return cls(graphs, dict(data["environment"]), data.get("routing"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the report is damaged: {type(error).__name__}: {error}") from error
 
@@ -179,6 +196,8 @@ def reports() -> list[Report]:
     """All reports in the ring buffer, oldest first: one for each compiled model."""
     with _lock:
         graphs = list(_graphs)
+    for graph in graphs:
+        graph.counted.update(read_all(graph.number))
     groups: dict[Any, list[GraphRecord]] = {}
     for graph in graphs:
         groups.setdefault(_group(graph, groups), []).append(graph)
@@ -204,6 +223,7 @@ def report(model: nn.Module | None = None) -> Report:
     for candidate in reversed(found):
         last = candidate.graphs[-1]
         if (owner and last.owner == owner) or (not last.owner and ids & last.modules):
+            candidate.routing = routing(model)
             return candidate
     return Report([])
 
@@ -244,9 +264,20 @@ def graph_summary(graph: GraphRecord) -> str:
         else:
             line = f"  . {name:<{width}}  {remarks[0].message}"
         lines.append(line if len(line) <= 100 else line[:97] + "...")
+    lines += [f"  # {name}: {value:.6g}" for name, value in graph.counted.items()]
+    lines += _depths(graph)
     if graph.error:
         lines.append(f"  ! {graph.error.splitlines()[0]}"[:100])
     return "\n".join(lines)
+
+
+def _depths(graph: GraphRecord) -> list[str]:
+    """How deep the steps of a graph of this process went; reads the device."""
+    with _lock:
+        if not any(kept is graph for kept in _graphs):  # a report from a file, whose numbers are not ours
+            return []
+    own = [c for c in exit_counters.counters(graph.owner) if c.graph == graph.number]
+    return [str(counter) for counter in own if sum(counter.histogram.values())]
 
 
 def _exact(name: str) -> bool:
@@ -262,21 +293,6 @@ def check_technique_name(name: str) -> str:
             f"{nearest(name, Technique.registry)}"
         )
     return name
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> pathlib.Path:
-    """Write a whole file or nothing: a temporary file beside it, then a rename."""
-    target = pathlib.Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
 
 
 def _environment() -> dict[str, str]:

@@ -1,28 +1,42 @@
-"""``fxopt.tune``: run a text through a model, watch what its attention sees, and write a recipe.
+"""``fxopt.tune``: run a text through a model, watch what happens, and write a recipe.
 
-This version calibrates (``goal=None``): for each attention module the range of its softmax inputs by KV head, which
-:class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282, section 3).
+It calibrates (``goal=None``): for each attention module and KV head the range of its softmax inputs, and that of its
+row maxima, which :class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282,
+section 3). Where phi then stands, and whether there is one, depends on the dtype and is decided in the pass. And it
+solves the threshold of :class:`fxopt.EarlyExit` (``goal="agreement=0.97"``), see :mod:`fxopt.exit_tuning`. Channels that carry the scores, for
+``SparseAttention(method="double_sparsity")``: :mod:`fxopt.channel_tuning`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxopt import scoring
+from fxopt import exit_tuning, scoring
+from fxopt.channel_tuning import ChannelStatistics
 from fxopt.passes.async_softmax import AsyncSoftmax
 from fxopt.passes.attention import AttentionSite, find_attentions
+from fxopt.passes.early_exit import EarlyExit
 from fxopt.passes.provenance import module_path, name_modules
+from fxopt.passes.sparse_attention import SparseAttention
 from fxopt.passes.technique import SettingError, Technique
 from fxopt.recipe import Recipe, fingerprint
 
-HIGHEST, LOWEST = "async_softmax.highest", "async_softmax.lowest"
+KINDS = LOWEST, LOWEST_MAXIMUM, HIGHEST = tuple(
+    f"async_softmax.{name}" for name in ("lowest", "lowest_maximum", "highest")
+)
+"""Of one KV head over the text: its lowest score, its lowest row maximum, its highest score (a row maximum too)."""
+
+Ranges = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""``{module path: (lowest, lowest row maximum, highest)}``, each float32 [Hkv]."""
 
 
 def tune(
@@ -39,76 +53,93 @@ def tune(
     """Calibrate `techniques` (default: ``AsyncSoftmax()``) on a text; returns the recipe to hand to ``fxopt.compile``.
 
     Args:
+        goal: for one ``EarlyExit``, ``"agreement=0.97"``: its threshold is solved, the one it has is not used.
         data: a text, a path to one, or token ids.
         tokenizer: found by the model's name or path when not given.
         context, limit: tokens of a window, and tokens to read in all.
         checkpoint: a recipe file that is written after each window; a run that was interrupted goes on from it.
 
     Raises:
-        SettingError: for a goal (settings are not searched for yet) or a technique that has nothing to calibrate.
+        SettingError: for a goal that is not known, or a technique that has nothing to calibrate.
         TypeError, ValueError, FileNotFoundError: for a model that is no causal LM, or a text that cannot be read.
     """
     from fxopt.evaluation import _find_tokenizer, read_data
 
-    if goal is not None:
-        raise SettingError(f"tune(goal={goal!r}): this version calibrates only; leave the goal out.")
     asked = techniques or (AsyncSoftmax(),)
+    exits = asked[0] if len(asked) == 1 and isinstance(asked[0], EarlyExit) else None
+    agreement = exit_tuning.wanted_agreement(goal) if exits is not None else None
+    if goal is not None and exits is None:
+        raise SettingError(f"tune(goal={goal!r}): a goal is for one EarlyExit; for AsyncSoftmax leave it out.")
     for technique in asked:
-        if not isinstance(technique, AsyncSoftmax):
-            raise SettingError(f"{technique} has nothing to calibrate; tune takes AsyncSoftmax().")
+        if exits is None and not isinstance(technique, (AsyncSoftmax, SparseAttention)):
+            raise SettingError(
+                f"{technique} has nothing to calibrate; tune takes AsyncSoftmax(), one EarlyExit, or SparseAttention("
+                "method='double_sparsity', budget=...)."
+            )
+    if len(asked) > 1:
+        raise SettingError(f"tune calibrates one technique at a time, and was given {len(asked)}.")
     scoring.require_causal(model)
     text = read_data(data)  # type: ignore[arg-type]
     if isinstance(text, str) and tokenizer is None:
         tokenizer = _find_tokenizer(model)
     windows = scoring.windows(tokenizer, text, context, whole=True)[: max(1, limit // context)]
-    ranges, done = _resume(model, checkpoint)
+    if exits is not None and agreement is not None:
+        return exit_tuning.solve(model, windows, exits, agreement, show=show)
+    statistics = _statistics(asked[0])
+    done = _resume(model, checkpoint, statistics)
     device = next(model.parameters()).device
     with torch.no_grad():
         todo = windows[done:]
-        watched = observed(model, ranges)
+        watched = observed(model, statistics.look)
         for number, window in enumerate(scoring.progress(todo, len(todo), "calibrating", show), start=done + 1):
             watched(input_ids=window.inputs[None].to(device), use_cache=False)
             if checkpoint is not None:
-                _recipe(model, ranges, asked[0], number).save(checkpoint)  # type: ignore[arg-type]
-    return _recipe(model, ranges, asked[0], len(windows))  # type: ignore[arg-type]
+                statistics.recipe(model, number).save(checkpoint)
+    return statistics.recipe(model, len(windows))
 
 
-def observed(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Any]:
-    """`model` as a callable that widens ``ranges[module path] = (lowest [Hkv], highest [Hkv])`` by its softmax inputs.
+class Statistics(Protocol):
+    """What a calibration gathers: shown every attention with the values of its graph, written into a recipe."""
 
-    Masked scores do not count. The captured graph is run node by node: nothing of the model is changed.
+    def look(self, path: str, site: AttentionSite, values: Mapping[fx.Node, Any]) -> None: ...
+
+    def resume(self, recipe: Recipe) -> None: ...
+
+    def recipe(self, model: nn.Module, windows: int) -> Recipe: ...
+
+
+def observed(model: nn.Module, look: Callable[..., None]) -> Callable[..., Any]:
+    """`model` as a callable that shows ``look(module path, site, values)`` every attention before it runs.
+
+    The captured graph is run node by node: nothing of the model is changed.
     """
 
     paths = {str(id(m)): (path, type(m)) for path, m in model.named_modules()}
 
     def watch(gm: fx.GraphModule, _: list[Any]) -> Any:
         name_modules(gm.graph, paths)
-        return _Watch(gm, {site.output: site for site in find_attentions(gm.graph)[0]}, ranges).run
+        return _Watch(gm, {site.output: site for site in find_attentions(gm.graph)[0]}, look).run
 
     return torch.compile(functools.partial(type(model).__call__, model), backend=watch)
 
 
 class _Watch(fx.Interpreter):
     def __init__(
-        self, gm: fx.GraphModule, sites: dict[fx.Node, AttentionSite], ranges: dict[str, tuple[Tensor, Tensor]]
+        self, gm: fx.GraphModule, sites: dict[fx.Node, AttentionSite], look: Callable[..., None]
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.sites = sites
-        self.ranges = ranges
+        self.look = look
 
     def run_node(self, n: fx.Node) -> Any:
         site = self.sites.get(n)
         if site is not None:
-            low, high = score_range(site, self.env)
-            path = module_path(n)
-            if path in self.ranges:
-                low, high = torch.minimum(low, self.ranges[path][0]), torch.maximum(high, self.ranges[path][1])
-            self.ranges[path] = (low, high)
+            self.look(module_path(n), site, self.env)
         return super().run_node(n)
 
 
-def score_range(site: AttentionSite, values: dict[fx.Node, Any]) -> tuple[Tensor, Tensor]:
-    """Lowest and highest softmax input of one attention, by KV head: two float32 tensors [Hkv]."""
+def score_range(site: AttentionSite, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Lowest softmax input, lowest row maximum and highest input of one attention: three float32 tensors [Hkv]."""
     query, key = values[site.query].float(), values[site.key].float()
     batch, heads, tokens, width = query.shape
     grouped = query.view(batch, site.kv_heads, heads // site.kv_heads, tokens, width)
@@ -128,28 +159,67 @@ def score_range(site: AttentionSite, values: dict[fx.Node, Any]) -> tuple[Tensor
         else:
             hidden |= mask <= torch.finfo(mask.dtype).min
             scores = scores + mask.clamp(min=torch.finfo(torch.float32).min / 2) * bias.multiplier
-    dims = (0, 2, 3, 4)
-    return scores.masked_fill(hidden, torch.inf).amin(dims), scores.masked_fill(hidden, -torch.inf).amax(dims)
+    maxima = scores.masked_fill(hidden, -torch.inf).amax(-1)
+    # A row in which everything is masked has no maximum.
+    least = maxima.masked_fill(maxima == -torch.inf, torch.inf).amin((0, 2, 3))
+    return scores.masked_fill(hidden, torch.inf).amin((0, 2, 3, 4)), least, maxima.amax((0, 2, 3))
 
 
-def _recipe(model: nn.Module, ranges: dict[str, tuple[Tensor, Tensor]], technique: AsyncSoftmax, done: int) -> Recipe:
-    data = {f"{LOWEST}.{path}": low for path, (low, _) in ranges.items()}
-    data |= {f"{HIGHEST}.{path}": high for path, (_, high) in ranges.items()}
-    paths: dict[str, Technique] = {
-        path: AsyncSoftmax(phi=round(float(high.max()), 3), deterministic=technique.deterministic)
-        for path, (_, high) in ranges.items()
-    }
-    return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": done})
+class SoftmaxRanges:
+    """Softmax inputs and row maxima of each attention, by KV head; masked scores do not count."""
+
+    def __init__(self, technique: AsyncSoftmax) -> None:
+        self.technique = technique
+        self.ranges: Ranges = {}
+
+    def look(self, path: str, site: AttentionSite, values: Mapping[fx.Node, Any]) -> None:
+        """Widen the ranges of an attention by what it sees now."""
+        low, least, high = score_range(site, values)
+        if path in self.ranges:
+            before = self.ranges[path]
+            low, least = torch.minimum(low, before[0]), torch.minimum(least, before[1])
+            high = torch.maximum(high, before[2])
+        self.ranges[path] = (low, least, high)
+
+    def recipe(self, model: nn.Module, windows: int) -> Recipe:
+        """The range of the row maxima for each attention whose scores were finite on the text.
+
+        For the others the pass estimates phi in each step instead.
+        """
+        data = {
+            f"{name}.{path}": found
+            for path, three in self.ranges.items()
+            for name, found in zip(KINDS, three, strict=True)
+        }
+        paths: dict[str, Technique] = {}
+        for path, (_, least, high) in self.ranges.items():
+            pairs = tuple(zip(least.tolist(), high.tolist(), strict=True))
+            if all(math.isfinite(end) for pair in pairs for end in pair):
+                paths[path] = dataclasses.replace(self.technique, ranges=pairs)
+        return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": windows})
+
+    def resume(self, recipe: Recipe) -> None:
+        """Go on from a recipe that was written before. Raises SettingError when it holds no such calibration."""
+        prefix = f"{LOWEST}."
+        names = [name.removeprefix(prefix) for name in recipe.data if name.startswith(prefix)]
+        if any(f"{kind}.{name}" not in recipe.data for kind in KINDS for name in names):
+            raise SettingError("the checkpoint holds no calibration that could go on; remove the file to begin again.")
+        for name in names:
+            low, least, high = (recipe.data[f"{kind}.{name}"] for kind in KINDS)
+            self.ranges[name] = (low, least, high)
 
 
-def _resume(
-    model: nn.Module, checkpoint: str | os.PathLike[str] | None
-) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+def _statistics(technique: Technique) -> Statistics:
+    if isinstance(technique, SparseAttention):
+        return ChannelStatistics(technique)
+    assert isinstance(technique, AsyncSoftmax)
+    return SoftmaxRanges(technique)
+
+
+def _resume(model: nn.Module, checkpoint: str | os.PathLike[str] | None, statistics: Statistics) -> int:
     if checkpoint is None or not pathlib.Path(checkpoint).is_file():
-        return {}, 0
+        return 0
     recipe = Recipe.load(checkpoint)
     recipe.check(model)
-    prefix = f"{LOWEST}."
-    names = [name.removeprefix(prefix) for name in recipe.data if name.startswith(prefix)]
-    ranges = {name: (recipe.data[prefix + name], recipe.data[f"{HIGHEST}.{name}"]) for name in names}
-    return ranges, int(recipe.notes.get("windows", 0))
+    statistics.resume(recipe)
+    return int(recipe.notes.get("windows", 0))

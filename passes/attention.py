@@ -44,6 +44,8 @@ class AttentionSite:
     sinks: fx.Node | None = None
     attended: tuple[fx.Node, ...] = ()
     """Key and value as the attention reads them, after any repetition of heads."""
+    window: int = 0
+    """Keys that a query sees at most, itself included, where `is_causal`; 0: all before it."""
     interior: tuple[fx.Node, ...] = field(default=(), repr=False)
     """Nodes that only this attention needs, the output included."""
 
@@ -94,6 +96,7 @@ class AttentionSite:
         heads = f"{self.heads} query heads on {self.kv_heads} KV heads"
         extras = [f"soft-cap {self.soft_cap:g}"] if self.soft_cap else []
         extras += ["sinks"] if self.sinks is not None else []
+        extras += [f"window {self.window}"] if self.window else []
         tokens = "1 token" if str(self.tokens) == "1" else f"{self.tokens} tokens"
         return ", ".join([heads, f"{tokens} on {self.length} keys", *extras])
 
@@ -160,7 +163,8 @@ def _from_semantic(node: fx.Node) -> AttentionSite:
     return AttentionSite(
         node, "fxopt", query, key, value, float(node.kwargs["scale"]),  # type: ignore[arg-type]
         (Bias(mask),) if isinstance(mask, fx.Node) else (), bool(node.kwargs.get("is_causal", False)),
-        float(node.kwargs.get("soft_cap", 0.0)), node.kwargs.get("sinks"), (key, value), (node,),  # type: ignore[arg-type]
+        float(node.kwargs.get("soft_cap", 0.0)), node.kwargs.get("sinks"), (key, value),  # type: ignore[arg-type]
+        int(node.kwargs.get("window", 0)), (node,),  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -199,7 +203,8 @@ def _finish(
         if value_of(bias.node).ndim > 4:
             raise Differs("FX203", f"the mask has {value_of(bias.node).ndim} dimensions")
     return AttentionSite(
-        output, form, query, bare_key, bare_value, scale, biases, is_causal, soft_cap, sinks, (key, value), interior
+        output, form, query, bare_key, bare_value, scale, biases, is_causal, soft_cap, sinks, (key, value),
+        interior=interior,
     )
 
 

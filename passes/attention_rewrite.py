@@ -97,6 +97,7 @@ def attend(site: AttentionSite, context: PassContext, mask: fx.Node | None, exte
         "scale": site.scale,
         "is_causal": site.is_causal,
         "soft_cap": site.soft_cap,
+        "window": site.window or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     inputs = (site.query, site.key, site.value)

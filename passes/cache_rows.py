@@ -17,6 +17,7 @@ from fxopt.passes import depth
 from fxopt.passes.context import PassContext
 from fxopt.passes.layers import Layer
 from fxopt.passes.rewriter import Rewriter, writes_in_place
+from fxopt.passes.streams import op_name
 
 
 def cache_inputs(layer: Layer) -> list[fx.Node]:
@@ -69,8 +70,26 @@ def length_counter(layer: Layer) -> fx.Node | None:
     return None
 
 
-def write_empty_rows(layer: Layer, rewriter: Rewriter) -> None:
-    """Let the cache of `layer` advance by all-zero keys and values instead of computed ones."""
+def is_rolled(layer: Layer) -> bool:
+    """Whether the layer's static cache is a full sliding window: its rows move up by one and the new one goes last."""
+    caches = set(cache_inputs(layer))
+    return any(op_name(n) == "roll" and n.all_input_nodes and depth.base(n.all_input_nodes[0]) in caches
+               for n in layer.nodes)  # fmt: skip
+
+
+def grows_whole(layer: Layer) -> bool:
+    """Whether the layer's growing cache leaves the graph with every row; a sliding window leaves without the oldest."""
+    caches = set(cache_inputs(layer))
+    return any(
+        op_name(n) in ("cat", "concat")
+        and any(depth.base(a) in caches for a in n.all_input_nodes)
+        and any(user.op == "output" for user in n.users)
+        for n in layer.nodes
+    )
+
+
+def new_rows(layer: Layer) -> list[tuple[fx.Node, list[fx.Node]]]:
+    """The keys and values of this step, with the nodes that put them into the layer's cache (or out of the graph)."""
     inside = set(layer.nodes)
     caches = cache_inputs(layer)
     from_cache = depth.forward_slice(caches, inside)
@@ -78,12 +97,30 @@ def write_empty_rows(layer: Layer, rewriter: Rewriter) -> None:
     writes = {n for n in inside if writes_in_place(n) and n.args and depth.base(n) in caches}
     leaving = {n for n in from_cache if any(user.op == "output" for user in n.users)}
     updating = depth.backward_slice(writes | leaving, inside)
+    found = []
     for node in layer.nodes:
         if node not in from_stream or node in from_cache:
             continue
         readers = [u for u in node.users if u in updating and (u in from_cache or u in writes)]
-        if not readers:
-            continue
+        if not caches:  # the prompt, whose cache is made here
+            readers = [u for u in node.users if _puts_into_new_cache(node, u, layer)]
+        if readers:
+            found.append((node, readers))
+    return found
+
+
+def _puts_into_new_cache(node: fx.Node, user: fx.Node, layer: Layer) -> bool:
+    tensor = depth.value(node)
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
+        return False
+    if op_name(user) == "index_copy_":
+        return user.args[0] is not node
+    return user.op == "output" and not writes_in_place(node)
+
+
+def write_empty_rows(layer: Layer, rewriter: Rewriter) -> None:
+    """Let the cache of `layer` advance by all-zero keys and values instead of computed ones."""
+    for node, readers in new_rows(layer) if cache_inputs(layer) else ():
         sizes = depth.size_nodes(node, layer, rewriter)
         assert sizes is not None, f"{node.name} has a size that is not in the residual stream"
         tensor = depth.value(node)

@@ -152,7 +152,7 @@ def inline(function: Callable[..., Any], inputs: Sequence[fx.Node | None], rewri
     """
 
     given = [node for node in inputs if node is not None]
-    graph = _trace(function, inputs)
+    graph = traced(function, inputs)
     mapping: dict[fx.Node, fx.Node] = {}
     places = iter(given)
     result: Any = None
@@ -173,7 +173,8 @@ def inline(function: Callable[..., Any], inputs: Sequence[fx.Node | None], rewri
     return result
 
 
-def _trace(function: Callable[..., Any], inputs: Sequence[fx.Node | None]) -> fx.Graph:
+def traced(function: Callable[..., Any], inputs: Sequence[fx.Node | None]) -> fx.Graph:
+    """The graph of ``function(*inputs)``, one placeholder for each input that is given."""
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     proxies = [None if node is None else fx.Proxy(graph.placeholder(f"a{i}"), tracer) for i, node in enumerate(inputs)]

@@ -20,6 +20,7 @@ from torch import fx
 from fxopt.passes import cache_rows
 from fxopt.passes.context import PassContext
 from fxopt.passes.layers import Layer, Part, Stack
+from fxopt.passes.mod_reference import ROUTED
 from fxopt.passes.rewriter import Rewriter, is_view, writes_in_place
 
 
@@ -72,10 +73,20 @@ def backward_slice(start: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Nod
 
 
 def is_partial(stack: Stack, graph: fx.Graph) -> bool:
-    """Whether a graph break left only some layers of the stack in this graph."""
-    if stack.layers[0].index != 0 or not is_placed(stack):
+    """Whether only some layers of the stack were found: a graph break, or layers that are routed in a branch."""
+    if stack.layers[0].index != 0 or not is_placed(stack) or _routed_elsewhere(stack, graph):
         return True
     return ends_in_a_break(graph) and all(user.op == "output" for user in stack.layers[-1].output.users)
+
+
+def _routed_elsewhere(stack: Stack, graph: fx.Graph) -> bool:
+    """Whether a routed layer with the stack's container is not among the layers of the stack."""
+    paths = {path for node in graph.nodes if (path := (node.meta.get("custom") or {}).get(ROUTED))}
+    found = {f".{layer.path}" for layer in stack.layers}
+    return any(
+        f".{stack.path}".endswith(f".{path.rpartition('.')[0]}") and not any(f.endswith(f".{path}") for f in found)
+        for path in paths
+    )
 
 
 def ends_in_a_break(graph: fx.Graph) -> bool:
@@ -259,11 +270,15 @@ class OriginalGraph:
         self._copy: fx.GraphModule | None = None
         self._counter: int | None = None
 
-    def needed_for_empty_cache(self, layer: Layer) -> bool:
-        """Keep the graph if `layer` has a static cache; False where its fill level cannot be seen."""
-        if not cache_rows.is_static(layer):
+    def needed_for_empty_cache(self, layer: Layer, stack: Stack) -> bool:
+        """Keep the graph if `layer` has a static cache; False where its fill level cannot be seen.
+
+        All layers of a stack see the same tokens, so that any of their counters tells. A sliding window that rolls
+        is full, and needs no counter.
+        """
+        if not cache_rows.is_static(layer) or any(cache_rows.is_rolled(other) for other in stack.layers):
             return True
-        counter = cache_rows.length_counter(layer)
+        counter = next(filter(None, map(cache_rows.length_counter, (layer, *stack.layers))), None)
         if counter is None:
             return False
         if self._copy is None:

@@ -19,7 +19,7 @@ from torch import fx, nn
 from fxopt.passes import confidence as measures
 from fxopt.passes import depth, kv_policy
 from fxopt.passes.context import PassContext
-from fxopt.passes.exit_check import Check, Checker, find_head
+from fxopt.passes.exit_check import Check, Checker, Head, find_head, position_is_visible
 from fxopt.passes.exit_cost import ExitCost, exit_cost
 from fxopt.passes.exit_counters import DepthCounter
 from fxopt.passes.exit_reference import with_exits
@@ -134,12 +134,11 @@ class EarlyExit(Technique):
 
     def check(self, model: nn.Module) -> Technique:
         generates = getattr(model, "can_generate", None)
-        if generates is not None and not generates():
+        if generates is not None and not generates() and not is_encoder(model, trunk=self.confidence == "state"):
             raise SettingError(
-                f"{self}: {type(model).__name__} does not generate. Exits of this version are for decoders together "
-                "with "
-                "their language-model head; hand over the whole model, and leave encoders and classifiers without "
-                "exits."
+                f"{self}: {type(model).__name__} does not generate, and classifies no whole inputs. Exits are for "
+                "decoders together with their language-model head, for encoders that end in one classification of a "
+                "text or an image, and, with confidence='state', for encoders that end in their states."
             )
         stacks = module_stacks(model)
         if stacks:
@@ -187,7 +186,7 @@ class EarlyExit(Technique):
             self._truncate(stack, context)
             return
         original = depth.OriginalGraph(graph)
-        if self.phase == "decode" and not original.needed_for_empty_cache(stack.layers[0]):
+        if self.phase == "decode" and not original.needed_for_empty_cache(stack.layers[0], stack):
             context.blocked("FX208", stack.path, "whether the static cache is empty cannot be seen in this graph")
             return
         try:
@@ -236,10 +235,11 @@ class EarlyExit(Technique):
             if phase != "decode":
                 context.blocked("FX503", stack.path, f"a {phase} runs every layer")
                 return False
-        if is_bidirectional(stack):
+        if measures.schedule_of(self.threshold) is not None and not position_is_visible(stack):
             context.blocked(
-                "FX101", stack.path, "attention without a causal mask: the last position decides for a decoder only"
-            )
+                "FX208", stack.path, "every layer's cache is a sliding window, whose length does not tell the position "
+                "that the threshold depends on; give a number"
+            )  # fmt: skip
             return False
         for layer in stack.layers[self.layers[0] :]:
             refusal = depth.refusal(layer)
@@ -247,6 +247,21 @@ class EarlyExit(Technique):
                 context.blocked(refusal.code, refusal.node, refusal.message)
                 return False
         return True
+
+    def _head(self, graph: fx.Graph, stack: Stack) -> Head | None:
+        """The head; None where ``confidence="state"`` needs none and the graph, an encoder's, ends in no logits."""
+        last = stack.layers[-1].output
+        try:
+            head = find_head(graph, last)
+        except RegionError:
+            if self.confidence != "state" or not is_bidirectional(stack):
+                raise
+            return None
+        if not head.classifies and is_bidirectional(stack):
+            raise RegionError(
+                "FX101", head.logits, "attention without a causal mask: the last position decides for a decoder only"
+            )
+        return head
 
     def _truncate(self, stack: Stack, context: PassContext) -> None:
         for layer in reversed(stack.layers[self.layers[0] :]):
@@ -259,7 +274,7 @@ class EarlyExit(Technique):
     def _insert_exits(self, graph: fx.Graph, stack: Stack, context: PassContext) -> tuple[list[Check], list[ExitCost]]:
         rewriter = context.rewriter
         layers = stack.layers
-        head = find_head(graph, layers[-1].output)
+        head = self._head(graph, stack)
         # A first look at the first exit: a graph that cannot be outlined is left untouched.
         trial = find_region(graph, layers[self.layers[0] - 1].output, (), ())
         exit_nodes(
@@ -283,7 +298,7 @@ class EarlyExit(Technique):
         for n, check in zip(self.layers, checks, strict=True):
             region = find_region(graph, stream[n], check.nodes, late)
             alias = _identity(layers, stream, n)
-            if check.logits is not None:
+            if check.logits is not None and head is not None:
                 alias[head.logits] = check.logits
             if check is not checks[-1]:
                 alias[checks[-1].level] = check.level
@@ -300,6 +315,14 @@ class EarlyExit(Technique):
             parts = insert_cond(region, now, checks[number].predicate, branch, rewriter, f"exit_{number}", before)
             standing.update(zip(results, parts, strict=True))
         return checks, costs
+
+
+def is_encoder(model: nn.Module, *, trunk: bool) -> bool:
+    """Whether a Hugging Face model attends in both directions and classifies whole inputs, or (`trunk`) has no head."""
+    causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    headless = trunk and getattr(model, "base_model", None) is model
+    classifies = type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
+    return not causal and (classifies or headless)
 
 
 def is_bidirectional(stack: Stack) -> bool:

@@ -36,6 +36,11 @@ class Head:
     def weight(self) -> fx.Node:
         return self.projection.args[1]  # type: ignore[return-value]
 
+    @property
+    def classifies(self) -> bool:
+        """Logits ``[B, C]`` for the whole input, not ``[B, S, V]`` for each position."""
+        return depth.value(self.logits).ndim == 2
+
 
 def find_head(graph: fx.Graph, last: fx.Node) -> Head:
     """The region between the last layer and the logits. Raises :class:`RegionError` when there is none."""
@@ -59,12 +64,22 @@ def find_head(graph: fx.Graph, last: fx.Node) -> Head:
     logits, nodes, projection = ends[0]
     tensor = depth.value(logits)
     weight = projection.args[1]
-    if tensor.ndim != 3 or not isinstance(weight, fx.Node) or tensor.shape[-1] != depth.value(weight).shape[0]:
+    if tensor.ndim not in (2, 3) or not isinstance(weight, fx.Node) or tensor.shape[-1] != depth.value(weight).shape[0]:
         raise RegionError(
-            "FX101", logits, f"logits of shape {tuple(tensor.shape)}: an exit of a decoder scores [B, S, V] with V the "
-            "rows of the head"
+            "FX101", logits, f"logits of shape {tuple(tensor.shape)}: an exit scores [B, S, V] of a decoder or [B, C] "
+            "of a classifier, with V or C the rows of the head"
         )  # fmt: skip
     return Head(last, logits, tuple(nodes), projection, int(depth.value(weight).shape[0]))
+
+
+def position_is_visible(stack: Stack) -> bool:
+    """Whether a graph tells how many tokens came before: no cache, a counter, or a cache that keeps every row.
+
+    Of sliding windows alone, only the last rows are in the graph.
+    """
+    layers = stack.layers
+    told = any(cache_rows.length_counter(layer) is not None or cache_rows.grows_whole(layer) for layer in layers)
+    return told or not any(map(cache_rows.cache_inputs, layers))
 
 
 @dataclass
@@ -83,12 +98,18 @@ class Check:
 class Checker:
     """Inserts the checks of the exits of one graph, first exit first."""
 
-    def __init__(self, setting: Any, stack: Stack, head: Head, rewriter: Rewriter) -> None:
+    def __init__(self, setting: Any, stack: Stack, head: Head | None, rewriter: Rewriter) -> None:
         self.setting = setting
         self.stack = stack
-        self.head = head
         self.rewriter = rewriter
-        self.logits_shape = tuple(depth.value(head.logits).shape)
+        self._found = head
+        self.whole = head is None or head.classifies
+        """An encoder: scored as a whole by its head, and by the state of its first position."""
+
+    @property
+    def head(self) -> Head:
+        assert self._found is not None, "only confidence='state' goes without a head"
+        return self._found
 
     def insert(self, number: int, state: fx.Node, before_layer: fx.Node, earlier: Check | None) -> Check:
         """The check of exit `number`; `state` follows the layer whose input is `before_layer`."""
@@ -96,15 +117,15 @@ class Checker:
         known = set(rewriter.graph.nodes)
         place = state.next
         put = partial(self._inline, place=place, like=state)
-        last = put(lambda h: h[:, -1:, :], [state])
+        at = 0 if self.whole else -1
         logits = choice = run = None
-        if setting.confidence != "state":
-            logits = self._head(last, state, place)
         if setting.confidence == "state":
-            before = put(lambda h: h[:, -1, :], [before_layer])
-            sure = put(confidence.saturation, [put(lambda h: h[:, -1, :], [state]), before])
+            before = put(lambda h: h[:, at, :], [before_layer])
+            sure = put(confidence.saturation, [put(lambda h: h[:, at, :], [state]), before])
         else:
-            scores = put(lambda x: x[:, -1, :], [logits])
+            last = [] if self.whole else [put(lambda h: h[:, -1:, :], [state])]
+            logits = self._head([*last, state], place)
+            scores = logits if self.whole else put(lambda x: x[:, -1, :], [logits])
             if setting.confidence == "patience":
                 choice, run = put(
                     confidence.agreement, [scores, *((earlier.choice, earlier.run) if earlier else (None, None))]
@@ -120,14 +141,15 @@ class Checker:
             raise RegionError(
                 "FX101", state, f"the confidence has shape {getattr(rows, 'shape', None)}; it is one number a row, [B]"
             )
-        newly = self._above(sure, state, place, put)
+        newly = self._above(setting.layers[number], sure, state, place, put)
         exited = newly
         if setting.rows == "each" and earlier is not None:
             exited = put(torch.logical_or, [newly, earlier.exited])
         predicate = put(torch.all, [exited])
         level = self._level(number, sure, exited, predicate, earlier, put)
         made = [n for n in rewriter.graph.nodes if n not in known]
-        usable = logits if logits is not None and tuple(depth.value(logits).shape) == self.logits_shape else None
+        shape = None if logits is None else tuple(depth.value(self.head.logits).shape)
+        usable = logits if logits is not None and tuple(depth.value(logits).shape) == shape else None
         return Check(made, predicate, exited, usable, level, choice, run)
 
     def _inline(
@@ -135,18 +157,20 @@ class Checker:
     ) -> Any:
         return confidence.inline(function, inputs, self.rewriter, before=place, like=like)
 
-    def _head(self, last: fx.Node, state: fx.Node, place: fx.Node) -> fx.Node:
-        """The head on ``last: [B, 1, W]``; on all positions where its literal shapes allow no other."""
-        batch = depth.value(last).shape[0]
+    def _head(self, sources: list[fx.Node], place: fx.Node) -> fx.Node:
+        """The head on the last position, ``[B, 1, W]``; on all where its literal shapes allow no other."""
+        wanted = depth.value(self.head.logits)
         graph = self.rewriter.graph
-        for source in (last, state):
+        for source in sources:
             known = set(graph.nodes)
             try:
                 logits = self._copy_head(source, place)
             except (RuntimeError, ValueError, TypeError):
                 logits = None
-            if logits is not None and depth.value(logits).ndim == 3 and depth.value(logits).shape[0] == batch:
-                return logits
+            if logits is not None:
+                made = depth.value(logits)
+                if made.ndim == wanted.ndim and made.shape[0] == depth.value(source).shape[0]:
+                    return logits
             # The copy that failed has no value yet, so that the rewriter does not know it.
             for node in reversed(list(graph.nodes)):
                 if node not in known:
@@ -178,24 +202,29 @@ class Checker:
                 part = self.rewriter.method("narrow", (weight, 0, 0, count), like=projection, before=projection)
                 self.rewriter.set_argument(projection, index, part)
 
-    def _above(self, sure: fx.Node, state: fx.Node, place: fx.Node, put: Callable[..., Any]) -> fx.Node:
+    def _above(self, n: int, sure: fx.Node, state: fx.Node, place: fx.Node, put: Callable[..., Any]) -> fx.Node:
         threshold = self.setting.threshold
         if self.setting.confidence == "patience":
             return put(lambda run: run >= threshold, [sure])
         schedule = confidence.schedule_of(threshold)
         if schedule is None:
             return put(lambda c: c > threshold, [sure])
-        return put(lambda c, p: c > p, [sure, put(schedule, [self._position(state, put, place)])])
+        return put(lambda c, p: c > p, [sure, put(schedule, [self._position(n, state, put, place)])])
 
-    def _position(self, state: fx.Node, put: Callable[..., Any], place: fx.Node) -> fx.Node:
+    def _position(self, n: int, state: fx.Node, put: Callable[..., Any], place: fx.Node) -> fx.Node:
         """0-d float tensor: the 0-based position of the last token, from the cache's own length."""
-        first = self.stack.layers[0]
-        counter = cache_rows.length_counter(first)
-        if counter is not None:
-            # The first layer has advanced the counter by the tokens of this step before any exit is reached.
-            return put(lambda n: (n - 1).float(), [counter])
+        layers = self.stack.layers
+        new: Any = depth.value(state).shape[1]
+        for index, layer in enumerate(layers):
+            counter = cache_rows.length_counter(layer)
+            if counter is not None and index < n:  # has been advanced by the tokens of this step
+                return put(lambda filled: (filled - 1).float(), [counter])
+            if counter is not None and isinstance(new, int):
+                return put(lambda filled: (filled + (new - 1)).float(), [counter])
         total: Any = -1
-        for node, dim in [(state, 1), *((cache, 2) for cache in cache_rows.cache_inputs(first)[:1])]:
+        whole = next(filter(cache_rows.grows_whole, layers), None)
+        sources = [(state, 1), *([(cache_rows.cache_inputs(whole)[0], 2)] if whole is not None else [])]
+        for node, dim in sources:
             size: Any = depth.value(node).shape[dim]
             if not isinstance(size, int):
                 size = self.rewriter.call(torch.ops.aten.sym_size.int, (node, dim), like=state, before=place)

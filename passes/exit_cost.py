@@ -51,7 +51,9 @@ class ExitCost:
         )
 
 
-def exit_cost(after: int, layers: Sequence[Layer], head: Head, check: Check, kept: Iterable[fx.Node]) -> ExitCost:
+def exit_cost(
+    after: int, layers: Sequence[Layer], head: Head | None, check: Check, kept: Iterable[fx.Node]
+) -> ExitCost:  # fmt: skip
     """The cost of one exit; `kept` are the nodes that run when it is taken."""
     kept = set(kept)
     inside = {node for layer in layers[after:] for node in layer.nodes}
@@ -61,7 +63,7 @@ def exit_cost(after: int, layers: Sequence[Layer], head: Head, check: Check, kep
         check=weight_bytes(check.nodes),
         remaining=sum(weight_bytes(layer.nodes) for layer in layers[after:]),
         policy=weight_bytes(kept & inside),
-        head=weight_bytes(head.nodes),
+        head=weight_bytes(head.nodes) if head is not None else 0,
         reused=check.logits is not None,
     )
 

@@ -35,8 +35,7 @@ class DepthCounter:
         return run
 
     def add(self, taken: Tensor) -> None:
-        """Count one step; ``taken: [B]``: 0 for the first exit, ``len(exits)`` for none, one more for none after "
-        "NaN."""
+        """Count one step; ``taken: [B]``: 0 for the first exit, ``len(exits)`` for none, one more after NaN."""
         if self._counts is None or self._counts.device != taken.device:
             self._counts = torch.zeros(len(self.exits) + 2, dtype=torch.int64, device=taken.device)
         self._counts.index_add_(0, taken, torch.ones_like(taken))
@@ -58,6 +57,13 @@ class DepthCounter:
     def nan_rows(self) -> int:
         """Rows that ran every layer after a confidence was NaN."""
         return 0 if self._counts is None else int(self._counts[-1])
+
+    def __str__(self) -> str:
+        """One line of a report, at most 100 columns wide."""
+        rows = ", ".join(f"{n}: {count}" for n, count in self.histogram.items())
+        nan = f"; NaN confidence: {self.nan_rows}" if self.nan_rows else ""
+        line = f"  ~ rows by layers run  {rows}; mean {self.mean_depth:.2f} of {self.layers}{nan}"
+        return line if len(line) <= 100 else f"  ~ mean depth  {self.mean_depth:.2f} of {self.layers} layers{nan}"
 
     @property
     def mean_depth(self) -> float:

@@ -58,6 +58,22 @@ class ModelHead:
         return torch.tanh(logits / cap) * cap if cap else logits
 
 
+class ClassifierHead:
+    """What an encoder does after its layers: final norm, pooler and classifier; ``[B, S, W]`` to ``[B, C]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        trunk: Any = model.base_model
+        self.norm = getattr(trunk, "layernorm", None)
+        self.pooler = getattr(trunk, "pooler", None)
+        self.classifier: Any = model.classifier
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        hidden = hidden if self.norm is None else self.norm(hidden)
+        if not isinstance(self.classifier, nn.Linear):
+            return self.classifier(hidden)  # picks its position itself
+        return self.classifier(hidden[:, 0] if self.pooler is None else self.pooler(hidden))
+
+
 def _output_embedding(model: nn.Module) -> nn.Module:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
@@ -76,9 +92,11 @@ def _output_embedding(model: nn.Module) -> nn.Module:
 class ExitState:
     """What one forward pass knows about its exits."""
 
-    def __init__(self, setting: EarlyExit, head: ModelHead, layers: int) -> None:
+    def __init__(self, setting: EarlyExit, head: Any, layers: int, *, whole: bool) -> None:
         self.setting = setting
         self.head = head
+        self.at = 0 if whole else -1
+        """The position whose state is looked at: an encoder's first, a decoder's last."""
         self.layers = layers
         self.exited: Tensor | None = None
         self.before: Tensor | None = None
@@ -104,12 +122,11 @@ class ExitState:
         assert self.exited is not None
         if not self.active or (setting.rows == "all" and bool(self.exited.all())):
             return
-        last = hidden[:, -1]
         if setting.confidence == "state":
             assert self.before is not None
-            sure = measures.saturation(last, self.before)
+            sure = measures.saturation(hidden[:, self.at], self.before)
         else:
-            scores = self.head(hidden[:, -1:])[:, -1]
+            scores = self.head(hidden) if self.at == 0 else self.head(hidden[:, -1:])[:, -1]
             if setting.shortlist is not None:
                 scores = scores[:, : setting.shortlist]
             if setting.confidence == "patience":
@@ -158,7 +175,7 @@ class LayerWithExit(nn.Module):
         if self.index in state.setting.layers:
             state.score(self.index, hidden)
         assert state.exited is not None
-        state.before = hidden[:, -1]
+        state.before = hidden[:, state.at]
         result = self.layer(*args, **kwargs)
         keep = state.exited.reshape(-1, 1, 1)
         if isinstance(result, tuple):
@@ -176,9 +193,12 @@ def _filled(values: tuple[Any, ...]) -> int:
 
 def with_exits(model: nn.Module, stack: ModuleStack, setting: EarlyExit) -> nn.Module:
     """`model` with its layers wrapped in place; ``model.exit_state.depths`` tells how deep each pass went."""
-    needs_head = setting.confidence != "state"
-    head: Any = ModelHead(model, stack) if needs_head else None
-    state = ExitState(setting, head, len(stack))
+    generates = getattr(model, "can_generate", None)
+    whole = generates is not None and not generates()
+    head: Any = None
+    if setting.confidence != "state":
+        head = ClassifierHead(model) if whole else ModelHead(model, stack)
+    state = ExitState(setting, head, len(stack), whole=whole)
     for index in range(len(stack)):
         stack.layers[index] = LayerWithExit(stack.layers[index], index, state)
     object.__setattr__(model, "exit_state", state)

@@ -16,12 +16,14 @@ After ``LayerSkip(skip=(this one,))``::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fxopt.passes import cache_rows, depth
+from fxopt.passes import cache_rows, depth, skip_router
 from fxopt.passes.context import PassContext
 from fxopt.passes.layers import Layer, Stack
 from fxopt.passes.modules import ModuleStack, delete_layers, module_stacks
@@ -42,7 +44,11 @@ class LayerSkip(Technique):
     - ``skip=(i, ...)``: 0-based indices of the layers to leave out, negative from the end;
     - ``keep=(i, ...)``: the indices that run;
     - ``speedup=r``: layers are left out until ``1/r`` of them remain, chosen by ``rule``: ``"balanced"`` (evenly
-      spaced, first and last kept) or ``"unified"`` (the released rule of Unified Layer Skipping, r >= 2).
+      spaced, first and last kept) or ``"unified"`` (the released rule of Unified Layer Skipping, r >= 2);
+    - ``router=path``: layers that a prompt does not want are left out for that row, in the prompt and in all that
+      follows on its cache (FiRST, arXiv 2410.12513). The path names the routers, ``nn.Linear(width, 1)`` for each
+      layer, in the model or in a .safetensors file; or a function of the prompt's last state ``[B, W]`` and the
+      layer's index to ``[B]`` bool that can be traced. See :mod:`fxopt.passes.skip_router`.
 
     ``part``: leave out the whole ``"layer"``, or only its ``"attention"`` or ``"mlp"``. ``phase="decode"``: run every
     layer on prompts, chunks and verification of several tokens, and skip only where one new token meets a filled
@@ -58,7 +64,7 @@ class LayerSkip(Technique):
     keep: tuple[int, ...] | None = None
     speedup: float | None = None
     rule: str = "balanced"
-    router: str | None = None
+    router: str | Callable[..., Any] | None = None
     decide: str = "prompt"
     part: str = "layer"
     phase: str = "all"
@@ -66,19 +72,15 @@ class LayerSkip(Technique):
     def __post_init__(self) -> None:
         for name in ("skip", "keep"):
             object.__setattr__(self, name, _indices(name, getattr(self, name)))
-        if self.router is not None:
-            raise SettingError(
-                f"LayerSkip(router={self.router!r}): routers are not available in this version; "
-                "use skip=, keep= or speedup=."
-            )
         if self.decide != "prompt":
             raise SettingError(
-                f"LayerSkip(decide={self.decide!r}): routed skipping is not available in this version; leave it out."
+                f"LayerSkip(decide={self.decide!r}): a decision for each token is not available in this version; leave "
+                "it out, and the prompt decides."
             )
-        given = [n for n in ("skip", "keep", "speedup") if getattr(self, n) is not None]
+        given = [n for n in ("skip", "keep", "speedup", "router") if getattr(self, n) is not None]
         if len(given) != 1:
             raise SettingError(
-                "LayerSkip needs exactly one of skip=(i, ...), keep=(i, ...) or speedup=r; "
+                "LayerSkip needs exactly one of skip=(i, ...), keep=(i, ...), speedup=r or router=path; "
                 f"given: {', '.join(f'{n}={getattr(self, n)!r}' for n in given) or 'none'}."
             )
         if self.rule == "measured":
@@ -89,6 +91,11 @@ class LayerSkip(Technique):
         _one_of("rule", self.rule, RULES)
         _one_of("part", self.part, PARTS)
         _one_of("phase", self.phase, PHASES)
+        if self.router is not None and (self.part, self.phase) != ("layer", "all"):
+            raise SettingError(
+                f"{self}: the prompt decides about whole layers, for itself and for what follows; leave part and phase "
+                "out."
+            )
         if self.speedup is not None:
             if isinstance(self.speedup, bool) or not isinstance(self.speedup, (int, float)):
                 raise SettingError(f"LayerSkip(speedup={self.speedup!r}): a number above 1, such as 1.5.")
@@ -116,6 +123,8 @@ class LayerSkip(Technique):
         """
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise SettingError(f"kept(num_layers) takes the number of layers, not {num_layers!r}.")
+        if self.router is not None:
+            return tuple(range(num_layers))  # each of them runs for some prompt
         if self.speedup is not None:
             rule = _unified if self.rule == "unified" else _balanced
             return rule(num_layers, float(self.speedup), self)
@@ -138,10 +147,32 @@ class LayerSkip(Technique):
     def check(self, model: nn.Module) -> Technique:
         for stack in module_stacks(model):
             self.kept(len(stack))
-        return self
+        if self.router is None:
+            return self
+        resolved = replace(self)
+        object.__setattr__(resolved, "_routers", weakref.WeakValueDictionary(self._find_routers(model)))
+        return resolved
+
+    def _find_routers(self, model: nn.Module) -> dict[int, Any]:
+        stacks = module_stacks(model)
+        if not stacks:
+            raise SettingError(f"{self}: {type(model).__name__} holds no stack of layers to route.")
+        # An encoder-decoder's prompt is the decoder's.
+        layers = len(stacks[-1])
+        if callable(self.router):
+            return dict.fromkeys(range(layers), self.router)
+        assert self.router is not None
+        return skip_router.find_routers(model, self.router, layers)
 
     def reference(self, model: nn.Module) -> nn.Module:
-        """The model with the layers really deleted (parts zeroed; with ``phase="decode"``, skipped in decode steps)."""
+        """The model with the layers really deleted (parts zeroed; with ``phase="decode"``, skipped in decode steps;
+        with a router, passed by by the rows that do not want them)."""
+        if self.router is not None:
+            routers = self._find_routers(model)
+            last = module_stacks(model)[-1]
+            for index, router in routers.items():
+                last.layers[index] = skip_router.RoutedLayer(last.layers[index], index, router)
+            return model
         for stack in module_stacks(model):
             kept = self.kept(len(stack))
             if self.part == "layer" and self.phase == "all":
@@ -174,6 +205,9 @@ class LayerSkip(Technique):
             else:
                 context.missed("FX112", "", "no stack of repeated layers in this graph")
             return
+        if self.router is not None:
+            self._route(structure.stacks[-1], context)
+            return
         original = depth.OriginalGraph(graph)
         for stack in structure.stacks:
             covered = [layer for layer in stack.layers if any(context.covers(n) for n in layer.nodes)]
@@ -188,6 +222,17 @@ class LayerSkip(Technique):
                     self._rewrite_layer(layer, stack, original, context)
             context.remarks[begin:] = reversed(context.remarks[begin:])
         original.finish(context)
+
+    def _route(self, stack: Stack, context: PassContext) -> None:
+        routers = dict(getattr(self, "_routers", {}))
+        if callable(self.router):
+            routers = {layer.index: self.router for layer in stack.layers}
+        if not routers:
+            context.blocked("FX505", stack.path, "routers are found by fxopt.compile(model, LayerSkip(router=...))")
+        elif depth.is_partial(stack, context.graph):
+            context.blocked("FX105", stack.path, "only some layers of the stack are in this graph")
+        else:
+            skip_router.route_stack(stack, routers, context)
 
     def _skipped(self, stack: Stack, context: PassContext) -> list[Layer]:
         numbers = [layer.index for layer in stack.layers]
@@ -235,7 +280,7 @@ class LayerSkip(Technique):
                 context.missed("FX113", layer.path, f"no residual addition of its {self.part} part was found")
                 return
         if self.phase == "decode":
-            original.needed_for_empty_cache(layer)
+            original.needed_for_empty_cache(layer, stack)
         if self.part == "layer":
             erased = depth.skip_layer(layer, context, keep_rows=self.phase == "decode")
             context.applied(layer.path, f"layer {layer.index} of {len(stack.layers)} skipped, {erased} nodes erased")

@@ -223,7 +223,8 @@ class _Search:
             holding = [stack for stack in self.stacks if f"{stack.path}.".startswith(f"{call.path}.")]
             if holding and not all(_is_one_block(stack) for stack in holding):
                 continue
-            whole = [s for s in streams_through(call.nodes, self.active) if {p.kind for p in s.parts} >= _BOTH]
+            found = streams_through(call.nodes, self.active)
+            whole = [s for s in found if (kinds := {p.kind for p in s.parts}) >= _BOTH or "routed" in kinds]
             if whole:
                 self.stacks = [stack for stack in self.stacks if stack not in holding]
                 self._accept(container.path, [(call, whole[0])])

@@ -25,6 +25,7 @@ _PURE = frozenset(
     "mod remainder truediv div le lt ge gt eq ne and_ or_ xor invert __and__ __or__ __invert__ bitwise_and bitwise_or "
     "bitwise_not logical_and logical_or logical_not where getitem cumsum diff expand expand_as unsqueeze squeeze view "
     "reshape transpose permute to bool long int float type contiguous clone tril triu masked_fill repeat any all abs "
+    "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ "
     "maximum minimum clamp cat stack broadcast_to t flatten size getattr finfo ceil floor log min max sum".split()
 )
 
@@ -52,15 +53,16 @@ class MaskFacts:
         return self.kind + (f" ({self.reason})" if self.reason else "")
 
 
-def facts_of(mask: fx.Node) -> MaskFacts:
-    """What `mask`, bool or additive with [..., T, S], hides."""
+def facts_of(mask: fx.Node, *, hides: bool = False) -> MaskFacts:
+    """What `mask`, bool or additive with [..., T, S], hides; ``hides``: a bool mask is True where a key is masked."""
     value = value_of(mask)
     if not isinstance(value, torch.Tensor) or value.ndim < 2:
         return MaskFacts("unknown", reason="not [..., T, S]")
     try:
         # A dry run works on fake tensors; constants are evaluated for real there too.
         with unset_fake_temporarily():
-            return classify(constant_value(mask))
+            known = constant_value(mask)
+            return classify(~known if hides else known)
     except NotConstant as reason:
         kind = "input" if reason.placeholder else "unknown"
         return MaskFacts(kind, reason=str(reason))

@@ -24,13 +24,13 @@ import torch
 from torch import fx, nn
 
 from fxopt.passes.context import PassContext
+from fxopt.passes.mod_forward import routed_forward
 from fxopt.passes.mod_reference import (
     ROUTED,
     ROUTER,
     ROUTERS,
     Router,
     layer_key,
-    routed_forward,
     routers,
     warn_untrained,
 )
@@ -40,6 +40,7 @@ from fxopt.passes.streams import op_name
 from fxopt.passes.technique import SettingError, Technique, nearest
 
 PARTS = ("layer", "attention", "mlp")
+_RUNNING = ("mamba", "rwkv", "deltanet", "linearattention", "linearattn", "recurrent", "retention", "shortconv")
 PREDICTORS = ("bce", "auxiliary")
 
 
@@ -154,16 +155,17 @@ class MixtureOfDepths(Technique):
         earlier: dict[str, nn.Module] = dict(before.items()) if isinstance(before, nn.ModuleDict) else {}
         unroute(module)
         chosen = nn.ModuleDict()
+        made = False
         for number, (key, stack, index) in enumerate(wanted):
             kept = earlier.get(key)
             if not isinstance(kept, Router) or not self._fits(kept, scorer):
-                kept = self._make_router(module, stack.layers[index], number, scorer)
+                kept, made = self._make_router(module, stack.layers[index], number, scorer), True
             kept.set_capacity(self.capacity)
             kept.path = f"{stack.path}.{index}"
             chosen[key] = kept
             _route(targets[key], kept, residual=self.part == "layer")
         module.add_module(ROUTERS, chosen)
-        if self.router.endswith(".safetensors"):
+        if made and self.router.endswith(".safetensors"):  # and not over what was trained since
             _load(chosen, self.router)
 
     def prepare_class(self, cls: type[nn.Module]) -> None:
@@ -204,6 +206,17 @@ class MixtureOfDepths(Technique):
 
     def _target(self, stack: ModuleStack, index: int) -> nn.Module:
         layer = stack.layers[index]
+        target = self._routed_part(layer)
+        for module in target.modules():
+            if _mixes_neighbours(module):
+                raise SettingError(
+                    f"{self}: {type(module).__name__} in {stack.path}.{index} mixes each token with its neighbours or "
+                    "with a running state, which has no meaning for tokens picked out of a sequence. Route other "
+                    "layers (layers=...) or another part."
+                )
+        return target
+
+    def _routed_part(self, layer: nn.Module) -> nn.Module:
         for module in layer.modules():
             if getattr(module, "is_causal", True) is False:
                 raise SettingError(f"{self}: {type(module).__name__} is not causal; only causal decoders are routed.")
@@ -273,8 +286,18 @@ def unroute(model: nn.Module) -> nn.Module:
     return model
 
 
+def _mixes_neighbours(module: nn.Module) -> bool:
+    """Whether a module is a convolution over the sequence, a recurrence, or attention by a running state."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return any(size > 1 for size in module.kernel_size)
+    name = type(module).__name__.lower()
+    return isinstance(module, nn.RNNBase) or any(part in name for part in _RUNNING)
+
+
 def _route(target: nn.Module, router: Router, *, residual: bool) -> None:
     object.__setattr__(target, ROUTER, router)
+    numbers: list[Any] = [m.layer_idx for m in target.modules() if getattr(m, "layer_idx", None) is not None]
+    router.cache_index = int(numbers[0]) if numbers else None
     own = target.__dict__.get("forward")
     if isinstance(own, functools.partial) and own.func is routed_forward:
         return
@@ -322,6 +345,8 @@ def _told(graph: fx.Graph, nodes: list[fx.Node]) -> str:
     inside = [
         size for branch in _branches(graph, nodes[-1]) for node in branch.graph.nodes if (size := _gathered(node))
     ]
+    if inside and inside[0][1] == 1:
+        return "its predictor decides: a step in which every row declines skips the block"
     if inside:
         return f"its predictor decides: room for {inside[0][0]} of {inside[0][1]} tokens, all of them on overflow"
     return ""

@@ -13,7 +13,6 @@ for each token on its own, so that decoding can make the same choice one token a
 
 from __future__ import annotations
 
-import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxopt.codegen import compat
-from fxopt.passes.regions import Call, Selection, ascending, padding, rows
+from fxopt.passes.regions import Call, Selection, ascending, rows
 
 ROUTERS = "fxopt_router"
 """Name of the child of the decorated model that holds the routers: ``state_dict`` keys ``fxopt_router.<layer>.*``."""
@@ -59,6 +58,8 @@ class Router(nn.Module):
                 for parameter in self.predictor.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
         self.path = ""
+        self.cache_index: int | None = None
+        """Number of the routed layer in a KV cache, where the layer knows it."""
         self.set_capacity(capacity)
         self.trained = False
         self.warned = False
@@ -69,6 +70,8 @@ class Router(nn.Module):
         """Of the last training forward: predictor logits, membership (bool), real tokens (bool); all [B, S]."""
         self.routes: Tensor | None = None
         """Of the last forward while watched: which tokens were computed, [B, S], bool."""
+        self.counts: Tensor | None = None
+        """Tokens seen and computed while watched, by place: see :mod:`fxopt.passes.mod_counters`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """r, [B, S]: how much of the block each token gets."""
@@ -106,7 +109,7 @@ class Router(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward left behind belongs to its autograd graph and can be neither copied nor pickled.
-        return {**self.__dict__, "observed": None, "routes": None}
+        return {**self.__dict__, "observed": None, "routes": None, "counts": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -152,11 +155,11 @@ def compute(
     the addition to the stream; what it contributes is r * f(X~) at the selected tokens and zero elsewhere.
     """
     index, valid = selection.places, selection.valid
-    with _marked(path):
+    with marked(path):
         before, args, kwargs = call.at(selection, keys)
     result = block(*args, **kwargs)
     after = result[0] if isinstance(result, tuple) else result
-    with _marked(path):
+    with marked(path):
         weight = rows(score, index)[..., None].to(after.dtype)
         base = before if residual else torch.zeros_like(before)
         after = base + weight * (after - base if residual else after)
@@ -172,127 +175,8 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _marked(path: str) -> Any:
+def marked(path: str) -> Any:
     return compat.annotate({ROUTED: path}) if torch.compiler.is_compiling() else _nothing()
-
-
-def routed_forward(
-    module: nn.Module, own: Any, names: tuple[str, ...], residual: bool, /, *args: Any, **kwargs: Any
-) -> Any:
-    """``forward`` of a routed layer. `own`: the instance's earlier forward, or None for the class's."""
-    router: Router | None = getattr(module, ROUTER)
-    block = functools.partial(type(module).forward, module) if own is None else own
-    if router is None:
-        return block(*args, **kwargs)
-    call = Call(names, args, kwargs)
-    with _marked(router.path):
-        score = router(call.stream)
-        real = padding(call.mask, call.stream.shape[1])
-    if module.training:
-        return _train(router, block, call, score, real, residual)
-    logits = router.logits(call.stream, score)
-    member = logits > 0 if real is None else (logits > 0) & real
-    if router.watched:
-        router.routes = member
-    cache = call.get("past_key_values", "past_key_value", "layer_past")
-    if cache is not None:
-        return _with_cache(router, module, block, call, score, member, cache, residual)
-    if torch.compiler.is_compiling():
-        if torch._dynamo.config.assume_static_by_default:
-            return _in_buckets(router, block, call, score, member, residual)
-        # dynamic=True makes every float of the block an input, which Dynamo cannot share between two branches.
-        return _on_host(router, block, call, score, member, residual)
-    return _decide(router, block, call, score, member, residual)
-
-
-def _train(router: Router, block: Any, call: Call, score: Tensor, real: Tensor | None, residual: bool) -> Any:
-    length = call.stream.shape[1]
-    for name in ("past_key_values", "past_key_value", "layer_past"):
-        if call.get(name) is not None:
-            call.set(name, None)  # top-C of a cached sequence has no meaning for the tokens that follow
-    with _marked(router.path):
-        selection = top_tokens(score, router.count(length), real)
-        if torch.is_grad_enabled() or router.watched:
-            chosen = members(selection)
-            router.observed = (router.logits(call.stream, score), chosen, real)
-            if router.watched:
-                router.routes = chosen
-    return compute(block, call, score, selection, router.path, residual=residual)
-
-
-def _in_buckets(router: Router, block: Any, call: Call, score: Tensor, member: Tensor, residual: bool) -> Any:
-    """Compiled, without a cache: room for a little over the capacity, every token where that overflows."""
-    length = call.stream.shape[1]
-    room = router.room(length)
-    whole = ascending(member, length)
-    if room == length:
-        return compute(block, call, score, whole, router.path, residual=residual)
-    index, valid = whole.places, whole.valid
-    assert valid is not None
-
-    def cut() -> Tensor:
-        # Sliced in here: what a branch closes over must not share memory with what the other does.
-        few = Selection(index[:, :room], valid[:, :room], length)
-        return _stream_of(compute(block, call, score, few, router.path, residual=residual), router.extra)
-
-    def overflow() -> Tensor:
-        every = Selection(index, valid, length)
-        return _stream_of(compute(block, call, score, every, router.path, residual=residual), router.extra)
-
-    output = torch.cond(member.sum(1).max() <= room, cut, overflow, ())
-    return (output, *[None] * router.extra) if router.extra else output
-
-
-def _stream_of(result: Any, extra: int | None) -> Tensor:
-    if isinstance(result, tuple) and not extra:
-        raise ValueError(
-            "mixture of depths: this block returns a tuple, which its forward's annotation does not say; run the model "
-            "once in eager and eval() before it is compiled."
-        )
-    return result[0] if isinstance(result, tuple) else result
-
-
-@torch.compiler.disable
-def _with_cache(
-    router: Router, module: nn.Module, block: Any, call: Call, score: Tensor, member: Tensor, cache: Any, residual: bool
-) -> Any:
-    """With a KV cache the number of rows written is data-dependent: decided on the host, the block as it is."""
-    from fxopt.passes.mod_cache import routed_layer
-
-    numbers: list[Any] = [m.layer_idx for m in module.modules() if getattr(m, "layer_idx", None) is not None]
-    if not numbers:
-        raise ValueError(
-            f"{type(module).__name__} is given a cache and has no layer_idx that says which of its layers."
-        )
-    layer = routed_layer(cache, int(numbers[0]), call.stream.shape[1])
-    return _decide(router, block, call, score, member, residual, layer)
-
-
-@torch.compiler.disable
-def _on_host(router: Router, block: Any, call: Call, score: Tensor, member: Tensor, residual: bool) -> Any:
-    return _decide(router, block, call, score, member, residual)
-
-
-def _decide(
-    router: Router, block: Any, call: Call, score: Tensor, member: Tensor, residual: bool, layer: Any = None
-) -> Any:
-    """The count is read on the host: exactly the tokens that the longest row of the batch needs, or none at all."""
-    warn_untrained(router)
-    count = int(member.sum(1).max())
-    if router.extra is None:
-        count = max(count, 1)  # what the block returns is not known yet
-    selection = ascending(member, count)
-    assert selection.valid is not None
-    keys = None
-    if layer is not None:
-        positions = torch.where(selection.valid, selection.places + layer.seen, -1)
-        keys = layer.advance(positions, call.stream.shape[1])
-    if not count:
-        declined = call.stream if residual else torch.zeros_like(call.stream)
-        return (declined, *[None] * router.extra) if router.extra else declined
-    result = compute(block, call, score, selection, keys=keys, residual=residual)
-    router.extra = len(result) - 1 if isinstance(result, tuple) else 0
-    return result
 
 
 def warn_untrained(router: Router) -> None:
@@ -343,20 +227,6 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
             "is nothing: run the forward first, and read its loss once."
         )
     return torch.stack(losses).mean()
-
-
-@contextmanager
-def watching(model: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Record which tokens are computed: yields a function to ``{layer path: [B, S] bool}`` of the last forward."""
-    found = routers(model)
-    for router in found.values():
-        router.watched = True
-    try:
-        yield lambda: {path: router.routes for path, router in found.items() if router.routes is not None}
-    finally:
-        for router in found.values():
-            router.watched = False
-            router.routes = None
 
 
 def layer_key(stack_path: str, index: int, several: bool) -> str:

@@ -13,6 +13,8 @@ from torch import nn
 
 _CONFIG_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
                   "decoder_layers")  # fmt: skip
+_LAYER_NUMBERS = ("layer_idx", "layer_id")
+"""Where modules of Hugging Face keep their number in the stack, which picks their row of the cache."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ def delete_layers(stack: ModuleStack, kept: Iterable[int]) -> None:
     new = nn.ModuleList(stack.layers[i] for i in kept)
     for number, (old, layer) in enumerate(zip(kept, new, strict=True)):
         for module in layer.modules():
-            if getattr(module, "layer_idx", None) == old:
-                module.layer_idx = number  # type: ignore[assignment]
+            for name in _LAYER_NUMBERS:
+                if vars(module).get(name) == old:
+                    setattr(module, name, number)
     setattr(stack.owner, stack.name, new)
     config = getattr(stack.owner, "config", None)
     if config is not None:

@@ -120,6 +120,8 @@ class GraphRecord:
     seconds: float = 0.0
     inductor_seconds: float = 0.0
     error: str = ""
+    counted: dict[str, float] = field(default_factory=dict)
+    """What the compiled graph counted while it ran, as of the moment the report was asked for."""
     owner: int = 0
     """Token of the `fxopt.compile` call (0: plain torch.compile)."""
     modules: frozenset[int] = frozenset()

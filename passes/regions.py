@@ -24,6 +24,8 @@ from torch import Tensor
 
 from fxopt.passes.technique import SettingError
 
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+"""Names of the argument that is the KV cache."""
 _MASK_NAMES = ("mask", "bias", "alibi")
 _ROW_NAMES = ("position", "rotary", "cos", "sin", "freq", "per_layer_input")
 
@@ -44,10 +46,14 @@ class Keys(NamedTuple):
 
     positions: Tensor
     """[B, K], int64: place of each cached row since the beginning of the sequence; -1 for rows of no token."""
-    start: int
-    """Tokens before this call."""
+    start: Any
+    """Tokens before this call, a number, or a tensor without dimensions."""
     window: int | None
     """Sliding window in tokens, or None."""
+    cells: int | None = None
+    """K of a static cache, where the cell of a token is its place; None: rows stand in the order of writing."""
+    cache: Any = None
+    """What the block is given in place of the cache, or None for the cache itself."""
 
 
 def ascending(member: Tensor, count: int) -> Selection:
@@ -71,17 +77,22 @@ def rows(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.expand(batch, *tensor.shape[1:]).gather(1, wide)
 
 
-def padding(mask: Tensor | None, length: int) -> Tensor | None:
+def padding(mask: Tensor | None, length: int, first: Any = None) -> Tensor | None:
     """[B, S], bool: which tokens are real, read from a layer's mask; None where no mask says otherwise.
 
     A token that may not attend to itself is padding. ``mask``: bool (True: visible) or additive,
-    ``[1 | B, 1 | H, S, K]`` with the newest tokens last, or ``[B, S]``.
+    ``[1 | B, 1 | H, S, K]`` with the newest tokens last, or ``[B, S]``. ``first``: the column of the first of the S
+    tokens (a number or a tensor), where the newest are not last.
     """
     if mask is None:
         return None
     if mask.ndim == 2:
         return mask[:, -length:] != 0
-    diagonal = mask.diagonal(offset=mask.shape[-1] - length, dim1=-2, dim2=-1)  # [B, H, S]
+    if first is None:
+        diagonal = mask.diagonal(offset=mask.shape[-1] - length, dim1=-2, dim2=-1)  # [B, H, S]
+    else:
+        own = (torch.arange(length, device=mask.device) + first)[None, None, :, None]
+        diagonal = mask.gather(3, own.expand(*mask.shape[:3], 1)).squeeze(3)
     visible = diagonal if mask.dtype == torch.bool else diagonal > torch.finfo(mask.dtype).min / 2
     return visible.any(dim=1)
 
@@ -148,6 +159,12 @@ class Call:
             kwargs["attention_mask"] = _own_mask(selection, keys)
             if "attention_mask" in self.names:
                 args[self.names.index("attention_mask") - 1] = kwargs.pop("attention_mask")
+        if keys is not None and keys.cache is not None:
+            for name in CACHES:
+                if kwargs.get(name) is not None:
+                    kwargs[name] = keys.cache
+                elif name in self.names and args[self.names.index(name) - 1] is not None:
+                    args[self.names.index(name) - 1] = keys.cache
         if self.stream_name:
             kwargs[self.stream_name] = stream
             return stream, tuple(args), kwargs
@@ -187,28 +204,44 @@ def _cut_mask(mask: Tensor, selection: Selection, keys: Keys | None) -> Tensor:
         return mask if valid is None else mask * valid
     batch, count = index.shape
     heads, width = mask.shape[1], mask.shape[3]
+    if keys is not None and keys.cells is not None and (width != keys.cells or keys.window is not None):
+        # The mask of a sliding window that was moved along: what it says of padding, the written cells say too.
+        own_mask = _own_mask(selection, keys)
+        if mask.dtype == torch.bool:
+            return own_mask
+        return torch.zeros_like(own_mask, dtype=mask.dtype).masked_fill(~own_mask, torch.finfo(mask.dtype).min)
     mask = mask.expand(batch, heads, mask.shape[2], width)
     mask = mask.gather(2, index[:, None, :, None].expand(batch, heads, count, width))
     if keys is None:
         columns, visible = index, valid
-        own: Tensor | None = None if valid is None else torch.eye(count, dtype=torch.bool, device=mask.device)
+        own: Tensor | None = None if valid is None else torch.eye(count, dtype=torch.bool, device=mask.device)[None]
+    elif keys.cells is not None:
+        columns, visible = None, keys.positions >= 0
+        own = _own_rows(selection, keys)
     else:
         # The mask's last column is this call's last token; a sliding layer's mask does not begin at zero.
         columns = keys.positions - (keys.start + selection.length - width)
         visible = (columns >= 0) & (keys.positions >= 0)
         columns = columns.clamp(min=0)
-        own = _own_rows(count, columns.shape[1], mask.device)
-    mask = mask.gather(3, columns[:, None, None, :].expand(batch, heads, count, columns.shape[1]))
+        own = _own_rows(selection, keys)
+    if columns is not None:
+        mask = mask.gather(3, columns[:, None, None, :].expand(batch, heads, count, columns.shape[1]))
     if visible is None:
         return mask
     hidden = ~visible[:, None, None, :]
     if own is not None and valid is not None:  # a filler attends to itself, so that its row is never empty
-        hidden = torch.where(valid[:, None, :, None], hidden, ~own)
+        hidden = torch.where(valid[:, None, :, None], hidden, ~own[:, None])
     return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
-def _own_rows(count: int, width: int, device: torch.device) -> Tensor:
-    return torch.arange(width, device=device) == torch.arange(count, device=device)[:, None] + (width - count)
+def _own_rows(selection: Selection, keys: Keys) -> Tensor:
+    """[1 | B, C, K], bool: the row of each selected entry itself among the keys."""
+    width = keys.positions.shape[1]
+    rows_of_keys = torch.arange(width, device=keys.positions.device)
+    if keys.cells is not None:
+        return rows_of_keys == (selection.places + keys.start)[:, :, None]
+    count = selection.places.shape[1]
+    return (rows_of_keys == torch.arange(count, device=rows_of_keys.device)[:, None] + (width - count))[None]
 
 
 def _own_mask(selection: Selection, keys: Keys) -> Tensor:
@@ -219,8 +252,7 @@ def _own_mask(selection: Selection, keys: Keys) -> Tensor:
     if keys.window is not None:
         visible = visible & (queries - columns < keys.window)
     if selection.valid is not None:
-        own = _own_rows(selection.places.shape[1], keys.positions.shape[1], queries.device)
-        visible = torch.where(selection.valid[:, :, None], visible, own)
+        visible = torch.where(selection.valid[:, :, None], visible, _own_rows(selection, keys))
     return visible[:, None]
 
 

@@ -117,6 +117,12 @@ class Rewriter:
         kwargs = fx.map_arg(node.kwargs, lambda n: mapping.get(n, n))
         return self._make(node.op, node.target, args, kwargs, node, before, None, None)
 
+    def adopt(self, node: fx.Node, like: fx.Node) -> None:
+        """Give a node that was made by hand, with its value, a descent."""
+        provenance.stamp(node, [like], self.pass_name, self._next)
+        self._next += 1
+        self.changed = True
+
     # -- replacing and erasing ----------------------------------------------------------------------------------
 
     def replace(self, old: fx.Node, new: fx.Node, *, only: Callable[[fx.Node], bool] | None = None) -> int:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-Kind = Literal["attention", "mlp"]
+Kind = Literal["attention", "mlp", "routed"]
 
 # Operations that mix values across positions or features, or forget their input: they end a stream.
 _MIXING = {
@@ -43,7 +43,8 @@ class Part:
 
     Skipping the part means replacing `add` by `stream` and erasing `add`, which may be in place (``x += branch``).
     Where attention and MLP run in parallel and are summed before they join the stream, each one's `stream` is the
-    other: skip either, and for both skip the layer.
+    other: skip either, and for both skip the layer. A ``"routed"`` part is a whole layer of mixture of depths: `add` is
+    the scatter of the tokens that were computed into the stream of all tokens.
     """
 
     kind: Kind
@@ -129,6 +130,15 @@ def addends(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return left, right
 
 
+def _joined(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Stream and branch, in any order, of what joins them: an addition, or a scatter of some tokens into a stream."""
+    if op_name(node) == "scatter" and len(node.args) == 4 and node.args[1] == 1:
+        whole, _, _, some = node.args
+        if isinstance(whole, fx.Node) and isinstance(some, fx.Node) and signature(node) == signature(whole):
+            return whole, some
+    return addends(node)
+
+
 def _data_inputs(node: fx.Node) -> Iterator[fx.Node]:
     """Inputs whose values (not only shape or type) reach the result."""
     inputs: Iterable[fx.Node] = node.all_input_nodes
@@ -191,7 +201,7 @@ def _stream(
     parts: list[Part] = []
     within: set[fx.Node] = set()
     for node in reversed(nodes):
-        operands = addends(node) if node in spine and node not in within else None
+        operands = _joined(node) if node in spine and node not in within else None
         if operands is None or _numel(node) != _numel(source):
             continue
         stream, branch = sorted(operands, key=lambda operand: depth.get(operand, len(nodes) + 1))
@@ -241,6 +251,8 @@ def _split(
     inside = _slice(branch, until, region)
     if not any(mixes(node) for node in inside):
         return []
+    if op_name(add) == "scatter":
+        return [Part("routed", add, branch, stream)]
     kind: Kind = "attention" if any(_is_attention(node, active) for node in inside) else "mlp"
     whole = [Part(kind, add, branch, stream)]
     if kind == "mlp":

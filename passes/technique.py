@@ -166,7 +166,10 @@ class Technique:
         return target
 
     def prepare(self, module: nn.Module) -> None:
-        """Hook before an instance is decorated (techniques that add parameters add them here)."""
+        """Hook before an instance is decorated, or compiled with this technique for the whole of it.
+
+        Techniques that add parameters add them here; called again with the same setting it changes nothing.
+        """
 
     def prepare_class(self, cls: type[nn.Module]) -> None:
         """Hook before a class is decorated."""

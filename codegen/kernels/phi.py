@@ -72,14 +72,19 @@ def place(low: float, high: float, dtype: torch.dtype, keys: int = SUMMED_KEYS, 
     return min(high, 0.5 * (high - upper + low - math.log(lower)))
 
 
+def largest_certified(dtype: torch.dtype, keys: int = SUMMED_KEYS, value_max: float = 1.0) -> float:
+    """The largest bound on |score| for which phi 0 is certain to pass the guard."""
+    upper, lower = limits(dtype, keys, value_max)
+    return min(upper, -math.log(lower))
+
+
 def certified_phi(bound: float, dtype: torch.dtype, keys: int = SUMMED_KEYS, value_max: float = 1.0) -> float | None:
     """The phi for scores that provably lie in [-bound, bound] (a soft-cap), or None when they do not fit.
 
     It is 0 whenever 0 is as safe: soft-caps up to 69 with bfloat16 and 59 with float32. A phi of `bound` would not be
     safe, since rows near -bound would reach -2 bound.
     """
-    upper, lower = limits(dtype, keys, value_max)
-    if bound <= min(upper, -math.log(lower)):
+    if bound <= largest_certified(dtype, keys, value_max):
         return 0.0
     return place(-bound, bound, dtype, keys, value_max) if fits(-bound, bound, dtype, keys, value_max) else None
 

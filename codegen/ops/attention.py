@@ -1,12 +1,13 @@
 """``torch.ops.fxopt.attention``: softmax attention that reads an unrepeated KV cache, up to its filled length.
 
-    attention(query, key, value, mask, extent, sinks, *, scale, is_causal, soft_cap) -> out
+    attention(query, key, value, mask, extent, sinks, *, scale, is_causal, soft_cap, window) -> out
 
     query [B, Hq, T, D], key [B, Hkv, S, D], value [B, Hkv, S, DV], Hq a multiple of Hkv; out [B, Hq, T, DV]
 
     scores = scale * query @ key^T                          query head h reads KV head h // (Hq // Hkv)
     scores = soft_cap * tanh(scores / soft_cap)             where soft_cap > 0
     scores = scores + mask, or -inf where a bool mask is False
+    scores = -inf where is_causal and not i - window < j <= i       for query i and key j; window 0: no limit
     out    = softmax([scores, sinks]) without the sinks' column, @ value
 
 A row with nothing unmasked is zero, as in ``scaled_dot_product_attention``. ``extent`` (0-d int64) is a promise: at and
@@ -24,12 +25,16 @@ from fxopt.codegen.ops import LIBRARY
 
 SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? extent=None, Tensor? sinks=None, *, "
-    "float scale, bool is_causal=False, float soft_cap=0.0) -> Tensor"
+    "float scale, bool is_causal=False, float soft_cap=0.0, int window=0) -> Tensor"
 )
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest difference from float64 for scores and values of unit variance: a few units in the last place of a sum of
 head_dim products, and of the rounded probabilities."""
+
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 64, 512
+"""Queries of one block where a window bounds the keys: few calls, and few keys that only a part of the block sees."""
 
 
 def attention(
@@ -43,12 +48,13 @@ def attention(
     scale: float,
     is_causal: bool = False,
     soft_cap: float = 0.0,
+    window: int = 0,
 ) -> Tensor:
     """The operator's body; see the module's docstring for shapes and meaning.
 
     ``mask``: bool (True: attend) or additive, broadcastable to [B, Hq, T, S]. ``sinks: [Hq]``, a logit a head that
     takes part in the sum and has no value. ``is_causal`` aligns at the first key, like
-    ``scaled_dot_product_attention``. The result lies in memory as [B, T, Hq, DV].
+    ``scaled_dot_product_attention``; ``window`` needs it. The result lies in memory as [B, T, Hq, DV].
     """
     batch, heads, tokens, _ = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
@@ -60,11 +66,14 @@ def attention(
         if mask is not None and mask.shape[-1] == length:
             mask = mask.narrow(-1, 0, filled)
         length = filled
-    if is_causal and tokens == length and mask is None and not soft_cap and sinks is None:
+    if is_causal and tokens == length and mask is None and (soft_cap or sinks is not None or 0 < window < tokens):
+        return _laid_out(_in_blocks(query, key, value, sinks, scale, soft_cap, window or tokens))
+    if is_causal and tokens == length and mask is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
         return _laid_out(out)
     if is_causal:
         allowed = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril()
+        allowed = allowed.triu(1 - window) if window else allowed
         mask = allowed if mask is None else (mask & allowed if mask.dtype == torch.bool else _hidden(mask, allowed))
     packed = query.reshape(batch, kv_heads, group * tokens, query.shape[3])
     mask = pack_mask(mask, kv_heads, group, tokens)
@@ -76,7 +85,30 @@ def attention(
         out = _explicit(packed, key, value, mask, sinks, scale, soft_cap)
     else:
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
+    if tokens == 1:
+        # Through one dimension, as in _laid_out; what is left of a copy is one.
+        return out.reshape(-1).view(batch, 1, heads, value.shape[3]).transpose(1, 2)
     return _laid_out(out.reshape(batch, heads, tokens, -1))
+
+
+def _in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, soft_cap: float, window: int
+) -> Tensor:
+    """Causal attention with a window: each block of queries meets the keys that any of them sees, and no others."""
+    tokens = query.shape[2]
+    size = min(max(window, SMALLEST_BLOCK), LARGEST_BLOCK)
+    place = torch.arange(tokens, device=query.device)
+    parts = []
+    for start in range(0, tokens, size):
+        end, low = min(start + size, tokens), max(0, start - window + 1)
+        distance = place[start:end, None] - place[low:end]
+        parts.append(
+            attention(
+                query[:, :, start:end], key[:, :, low:end], value[:, :, low:end],
+                (distance >= 0) & (distance < window), None, sinks, scale=scale, soft_cap=soft_cap,
+            )
+        )  # fmt: skip
+    return torch.cat(parts, 2)
 
 
 def pack_mask(mask: Tensor | None, kv_heads: int, group: int, tokens: int) -> Tensor | None:
@@ -134,6 +166,7 @@ def _fake(
     scale: float,
     is_causal: bool = False,
     soft_cap: float = 0.0,
+    window: int = 0,
 ) -> Tensor:
     batch, heads, tokens, width = query.shape
     torch._check(heads % key.shape[1] == 0, lambda: f"{heads} query heads do not divide into {key.shape[1]} KV heads")

@@ -1,11 +1,12 @@
 """Decode attention on chosen positions: what is not chosen is not read.
 
     window_positions(key, mask, *, sinks, tokens, share) -> index          [B or 1, K]: sinks and the newest positions
-    gathered_attention(query, key, value, index, mask, extent, sinks, *, scale, soft_cap, min_length) -> out
+    gathered_attention(query, key, value, index, mask, extent, sinks, *, scale, soft_cap, min_length, block) -> out
 
-query [B, Hq, 1, D], key [B, Hkv, S, D], value [B, Hkv, S, DV], out [B, Hq, 1, DV]. K is fixed by the shapes; where a
-query [B, Hq, 1, D], key [B, Hkv, S, D], value [B, Hkv, S, DV], out [B, Hq, 1, DV]. K is fixed by the shapes; a row
-to them; ``sinks`` are the logits some models add to the sum, as in ``fxopt.attention``.
+query [B, Hq, 1, D], key [B, Hkv, S, D], value [B, Hkv, S, DV], out [B, Hq, 1, DV]. ``index`` lists positions, or blocks
+of `block` positions, for all heads [B or 1, K] or for each KV head [B or 1, Hkv, K]. K is fixed by the shapes; a row
+that sees fewer has its list padded with -1. ``mask`` and ``extent`` are those of the dense form, applied to what is
+listed; ``sinks`` are the logits some models add to the sum, as in ``fxopt.attention``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ POSITIONS_SCHEMA = (
 )
 ATTENTION_SCHEMA = (
     "gathered_attention(Tensor query, Tensor key, Tensor value, Tensor index, Tensor? mask=None, Tensor? extent=None, "
-    "Tensor? sinks=None, *, float scale, float soft_cap=0.0, int min_length=0) -> Tensor"
+    "Tensor? sinks=None, *, float scale, float soft_cap=0.0, int min_length=0, int block=1) -> Tensor"
 )
 
 
@@ -67,39 +68,51 @@ def window_positions(
     return torch.where(wanted <= total, index, -1)
 
 
-def take_positions(tensor: Tensor, index: Tensor) -> Tensor:
-    """[B, H, K, D] of [B, H, S, D] at ``index: [B or 1, H or 1, K]``, which lists no -1."""
+def take_positions(tensor: Tensor, index: Tensor, block: int = 1) -> Tensor:
+    """[B, H, K * block, D] of [B, H, S, D] at ``index: [B or 1, H or 1, K]``, which lists blocks and no -1.
+
+    What a last block lists beyond S is not to be used.
+    """
     batch, heads, length, width = tensor.shape
+    if block > 1 and (length % block or not tensor.is_contiguous()):
+        positions = index[..., None] * block + torch.arange(block, device=index.device)
+        index, block = positions.flatten(2).clamp(max=length - 1), 1
     if not tensor.is_contiguous():
         return tensor.gather(2, index[..., None].expand(batch, heads, -1, width))
     # Whole rows are copied this way; a gather over [.., D] would move them element by element.
-    first = torch.arange(0, batch * heads * length, length, device=index.device).view(batch, heads, 1)
-    return tensor.view(-1, width).index_select(0, (first + index).view(-1)).view(batch, heads, -1, width)
+    rows = length // block
+    first = torch.arange(0, batch * heads * rows, rows, device=index.device).view(batch, heads, 1)
+    chosen = tensor.view(-1, block * width).index_select(0, (first + index).view(-1))
+    return chosen.view(batch, heads, -1, width)
 
 
 def attend_to(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tensor | None, sinks: Tensor | None,
-    scale: float, soft_cap: float,
+    scale: float, soft_cap: float, block: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Attention on the positions ``index: [B or 1, Hkv or 1, K]`` (-1: none) of the cache."""
-    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
-    listed = index >= 0
-    index = index.clamp(min=0)
+    """Attention on the blocks ``index: [B or 1, Hkv or 1, K]`` (-1: none) of the cache."""
+    kv_heads, group, length = key.shape[1], query.shape[1] // key.shape[1], key.shape[2]
+    listed, index = index >= 0, index.clamp(min=0)
+    positions = index
+    if block > 1:
+        positions = (index[..., None] * block + torch.arange(block, device=index.device)).flatten(2)
+        listed = listed.repeat_interleave(block, -1) & (positions < length)
+        positions = positions.clamp(max=length - 1)
     chosen: Tensor | None = listed[:, :, None]  # [B, Hkv, 1, K]
     if mask is not None:
         mask = pack_mask(mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)), kv_heads, group, 1)
         assert mask is not None
-        lead = torch.broadcast_shapes(mask.shape[:3], index[:, :, None].shape[:3])
-        at = index[:, :, None].expand(*lead, -1)
+        lead = torch.broadcast_shapes(mask.shape[:3], positions[:, :, None].shape[:3])
+        at = positions[:, :, None].expand(*lead, -1)
         mask = mask.expand(*lead, -1).gather(-1, at)
         chosen = mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))  # type: ignore[operator]
-    elif listed.device.type == "cpu" and bool(listed.all()):
+    if chosen is not None and chosen.dtype == torch.bool and chosen.device.type == "cpu" and bool(chosen.all()):
         chosen = None
     if chosen is not None and (chosen.shape[1] > 1 or chosen.shape[2] > 1):
         # From [B, Hkv, G, K] back to one row for each query head.
         chosen = chosen.expand(-1, kv_heads, group, -1).flatten(1, 2)[:, :, None]
     return attention(
-        query, take_positions(key, index), take_positions(value, index), chosen, None, sinks,
+        query, take_positions(key, index, block), take_positions(value, index, block), chosen, None, sinks,
         scale=scale, soft_cap=soft_cap,
     )  # fmt: skip
 
@@ -123,16 +136,18 @@ def gathered_attention(
     scale: float,
     soft_cap: float = 0.0,
     min_length: int = 0,
+    block: int = 1,
 ) -> Tensor:
-    """The operator's body. ``index: [B or 1, K]`` as :func:`window_positions` makes it.
+    """The operator's body. ``index: [B or 1, K]`` or ``[B or 1, Hkv, K]``, padded with -1.
 
     Dense where the cache has at most K positions in use, all of which are then listed, and on the CPU below
     `min_length`. The result lies in memory as [B, 1, Hq, DV].
     """
     filled = filled_length(key.shape[2], extent)
-    if filled <= index.shape[-1] or filled < min_length:
+    if filled <= index.shape[-1] * block or filled < min_length:
         return attention(query, key, value, mask, extent, sinks, scale=scale, soft_cap=soft_cap)
-    return attend_to(query, key, value, index[:, None], mask, sinks, scale, soft_cap)
+    index = index[:, None] if index.ndim == 2 else index
+    return attend_to(query, key, value, index, mask, sinks, scale, soft_cap, block)
 
 
 def _fake_positions(
@@ -154,6 +169,7 @@ def _fake_attention(
     scale: float,
     soft_cap: float = 0.0,
     min_length: int = 0,
+    block: int = 1,
 ) -> Tensor:
     return fake_decode(query, key, value)
 

@@ -6,6 +6,7 @@ The bound of layer skipping is the deleted model itself: what is left has to cos
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +19,18 @@ from fxopt.compiler import compile as fxopt_compile
 from fxopt.meaning import reference
 from fxopt.passes.layer_skip import LayerSkip
 
+SUITES = {"early_exit": "exits", "mixture_of_depths": "mixture"}
+"""Modules of the other depth techniques' suites."""
 PEERS = ("deleted, inductor", "fxopt layer_skip", "full, inductor")
 
 
 def run(*, device: str = "cpu", quick: bool = False, technique: str = "layer_skip") -> Result:
     """Prefill of 512 tokens and a decode step, every second layer skipped, against the deleted model under Inductor."""
+    if technique in SUITES:
+        suite: Result = importlib.import_module(f"fxopt.bench.{SUITES[technique]}").run(device=device, quick=quick)
+        return suite
     if technique != "layer_skip":
-        raise ValueError(f"no suite for technique {technique!r} yet; there is 'layer_skip'.")
+        raise ValueError(f"no suite for technique {technique!r}; there are 'layer_skip', {', '.join(SUITES)}.")
     layers, width, prompt, rounds = (4, 256, 64, 5) if quick else (12, 768, 512, 15)
     model = llama(layers, width, heads=width // 64, kv_heads=width // 64 // 4 or 1).to(device)
     skip = LayerSkip(speedup=2)

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fxopt.reporting import write_text
+from fxopt.codegen.files import write_whole
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -75,12 +76,12 @@ class Result:
 
     def to_json(self, path: str | os.PathLike[str]) -> pathlib.Path:
         """Write the result; returns the path."""
-        return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        return write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def keep(self) -> pathlib.Path:
         """Write the result among the kept ones, under suite, device and date."""
         RESULTS.mkdir(exist_ok=True)
-        device = str(self.environment["device"]).lower().replace(" ", "-")
+        device = re.sub(r"[^a-z0-9]+", "-", str(self.environment["device"]).lower().replace("(r)", "")).strip("-")
         return self.to_json(RESULTS / f"{self.suite}-{device}-{self.environment['date']}.json")
 
     def plot(self, path: str | os.PathLike[str]) -> None:

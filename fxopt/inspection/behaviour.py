@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxopt.meaning import reference
 from fxopt.passes.exit_counters import counters
-from fxopt.passes.mod_reference import watching
+from fxopt.passes.mod_counters import watching
 from fxopt.passes.technique import Technique
 
 if TYPE_CHECKING:

@@ -88,9 +88,3 @@ def save_tokenizer(tokenizer: Any, out: Path, context: int) -> None:
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
     fast.save_pretrained(out)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

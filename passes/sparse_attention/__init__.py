@@ -5,8 +5,9 @@ becomes
     index = fxopt.window_positions(keys, mask, ...)               # once for all layers that share the mask
     fxopt.gathered_attention(query, keys, values, index, mask)    # reads K positions
 
-Prompts, chunks and verification of several tokens stay dense. One file a method: :mod:`.sink_window`;
-the meaning in plain PyTorch is :mod:`.reference`.
+Prompts, chunks and verification of several tokens stay dense. One file a method: :mod:`.sink_window`, :mod:`.pages`,
+:mod:`.double_sparsity`; what those share that choose by a score is :mod:`.selection`; the meaning in plain PyTorch is
+:mod:`.reference`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fxopt.passes import depth
+from fxopt.passes import depth, state
 from fxopt.passes.attention import AttentionSite, find_attentions
 from fxopt.passes.attention_rewrite import earliest, records_gradients
 from fxopt.passes.context import PassContext
@@ -25,12 +26,11 @@ from fxopt.passes.kv import base_of, cache_of, writes_to, written_between
 from fxopt.passes.layers import Layer
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.nodes import same, value_of
-from fxopt.passes.sparse_attention import sink_window
+from fxopt.passes.sparse_attention import double_sparsity, own, pages, sink_window
 from fxopt.passes.sparse_attention.reference import attach
 from fxopt.passes.technique import SettingError, Technique, nearest
 
-METHODS = {"sink_window": sink_window}
-LATER = ("pages", "double_sparsity")
+METHODS: dict[str, Any] = {"sink_window": sink_window, "pages": pages, "double_sparsity": double_sparsity}
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,18 @@ class SparseAttention(Technique):
 
     Args:
         method: ``"sink_window"``: the first `sinks` and the last `window` positions of each row (StreamingLLM, arXiv
-            2309.17453, positions as in the cache).
+            2309.17453, positions as in the cache). ``"pages"``: pages of 16 tokens by an upper bound of their scores
+            (Quest, arXiv 2406.10774). ``"double_sparsity"``: tokens by their scores on a few calibrated channels (arXiv
+            2408.07092). The last two keep state beside a static cache and choose one list for each KV head.
         budget: how much of the cache a head reads: an int in tokens, sinks and newest included, or a float in (0, 1],
             the share of the cache's length (its capacity, for a static cache).
         sinks: first positions that are always read.
         window: for ``"sink_window"``, the newest positions that are read, instead of `budget`.
         min_length: caches filled with fewer positions are read in full; None is the method's own choice.
         layers: 0-based indices of the layers it acts on, negative from the end; None is all.
+        select: instead of a method, a traced function ``(q, keys, state) -> scores or indices``, see :mod:`.own`.
+        channels: for ``"double_sparsity"``, how many to calibrate (None: a sixteenth of a head's), or one tuple of
+            channels for each KV head, as a recipe of ``fxopt.tune`` holds them.
 
     Where the budget covers the filled cache the result is that of dense attention. Raises SettingError.
     """
@@ -62,23 +67,18 @@ class SparseAttention(Technique):
     layers: tuple[int, ...] | None = None
     heads: Any = None
     select: Any = None
+    channels: int | tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for name, why in (
             ("tau", "choosing by kept attention mass"),
             ("heads", "settings for single heads"),
-            ("select", "a selection function of your own"),
         ):
             if getattr(self, name) is not None:
                 raise SettingError(
                     f"SparseAttention({name}={getattr(self, name)!r}): {why} is not available in this version; leave "
                     "it out."
                 )
-        if self.method in LATER:
-            raise SettingError(
-                f"SparseAttention(method={self.method!r}) is not available in this version; use "
-                "method='sink_window'."
-            )
         if self.method not in METHODS:
             raise SettingError(
                 f"SparseAttention(method={self.method!r}): allowed are {', '.join(map(repr, METHODS))}."
@@ -98,12 +98,22 @@ class SparseAttention(Technique):
             object.__setattr__(self, "layers", tuple(self.layers))
             if not self.layers:
                 raise SettingError("SparseAttention(layers=()): names no layer. Leave it out to act on all of them.")
-        METHODS[self.method].check(self)
+        if isinstance(self.channels, (tuple, list)):
+            nested = tuple(tuple(c) if isinstance(c, (tuple, list)) else c for c in self.channels)
+            object.__setattr__(self, "channels", nested)
+        if self.channels is not None and self.method != "double_sparsity":
+            raise SettingError(f"SparseAttention(method={self.method!r}): channels belong to double_sparsity.")
+        self.chosen_by.check(self)
+
+    @property
+    def chosen_by(self) -> Any:
+        """The module of the method that is used."""
+        return METHODS[self.method] if self.select is None else own
 
     @property
     def dense_below(self) -> int:
         """Filled positions below which attention is dense."""
-        return METHODS[self.method].MIN_LENGTH if self.min_length is None else self.min_length
+        return self.chosen_by.MIN_LENGTH if self.min_length is None else self.min_length
 
     def chosen(self, count: int) -> frozenset[int]:
         """Indices it acts on in a stack of `count` layers; raises SettingError for one that does not exist."""
@@ -148,7 +158,7 @@ class SparseAttention(Technique):
                 context.missed(difference.code, difference.node, difference.message)
         numbers = self._numbers(context) if self.layers is not None else {}
         shared: dict[Any, Any] = {}
-        method = METHODS[self.method]
+        method = self.chosen_by
         for site in sites:
             if not context.covers(site.output):
                 continue
@@ -163,11 +173,11 @@ class SparseAttention(Technique):
                     continue
             refusal = _refusal(site)
             if refusal is not None:
+                _tell_state(site)
                 status, code, message = refusal
                 (context.blocked if status == "blocked" else context.missed)(code, site.output, message)
                 continue
             method.rewrite(site, self, context, shared)
-        method.finish(sites, self, context)
 
     def _numbers(self, context: PassContext) -> dict[fx.Node, bool]:
         """Whether each node's layer is one of those chosen; nodes of layers whose number is unknown are left out."""
@@ -188,6 +198,13 @@ class SparseAttention(Technique):
 
 def _nodes(layer: Layer) -> tuple[fx.Node, ...]:
     return layer.nodes
+
+
+def _tell_state(site: AttentionSite) -> None:
+    """A graph that writes a cache and does not keep the state beside it has to say so."""
+    cache = cache_of(site)
+    if cache.preallocated and cache.key.op == "placeholder":
+        state.writes(cache.key)
 
 
 def _refusal(site: AttentionSite) -> tuple[str, str, str] | None:

@@ -93,14 +93,100 @@ def _attend(setting: SparseAttention, given: dict[str, Any]) -> Tensor:
     visible = seen.flatten(1, 2).any(1).expand(batch, -1)  # [B, S]
     reach = torch.where(visible, torch.arange(1, length + 1, device=query.device), 0).amax(-1)
     extent = int(torch.where(reach == 0, length, reach).max())
-    if extent < setting.dense_below:
-        keep = visible[:, None]
-    else:
-        keep = window_kept(setting, visible)[:, None]
-    keep = keep[:, :, None]  # [B, 1, 1, S]
+    keep = kept(setting, query, key, visible, extent)  # [B or 1, Hq or 1, S]
+    keep = keep[:, :, None]
     hidden = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, float("-inf"))
     options = {name: given[name] for name in ("scale", "enable_gqa") if given.get(name) is not None}
     return F.scaled_dot_product_attention(query, key, given["value"], attn_mask=hidden, **options)
+
+
+def kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int) -> Tensor:
+    """[B, Hq or 1, S] bool: what each query head reads; ``visible: [B, S]``, of which `extent` positions are in use."""
+    if extent < setting.dense_below:
+        return visible[:, None]
+    if setting.select is None and setting.method == "sink_window":
+        return window_kept(setting, visible)[:, None]
+    bare = _bare(key, query.shape[1])
+    chosen = _page_kept if setting.method == "pages" else _channel_kept
+    chosen = chosen if setting.select is None else _own_kept
+    keep = chosen(setting, query.unflatten(1, (bare.shape[1], -1))[:, :, :, 0], bare, visible, extent)
+    return keep.repeat_interleave(query.shape[1] // bare.shape[1], 1)
+
+
+def _bare(key: Tensor, heads: int) -> Tensor:
+    """Keys of the KV heads alone: a model may have repeated each for the query heads that read it."""
+    for group in range(heads, 1, -1):
+        if key.shape[1] == heads and heads % group == 0:
+            grouped = key.unflatten(1, (-1, group))
+            if torch.equal(grouped, grouped[:, :, :1].expand_as(grouped)):
+                return grouped[:, :, 0]
+    return key
+
+
+def _page_kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int) -> Tensor:
+    """Pages with the largest bounds; ``query: [B, Hkv, G, D]``, ``key: [B, Hkv, S, D]``; [B, Hkv, S]."""
+    from fxopt.passes.sparse_attention.pages import NEWEST, PAGE
+
+    length = key.shape[2]
+    parts = [key[:, :, i : min(i + PAGE, extent)] for i in range(0, extent, PAGE)]
+    top = torch.stack([part.amax(2) for part in parts], 2)[:, :, :, None]  # [B, Hkv, P, 1, D]
+    bottom = torch.stack([part.amin(2) for part in parts], 2)[:, :, :, None]
+    reached = torch.maximum(query[:, :, None] * top, query[:, :, None] * bottom).sum(-1).amax(-1)
+    page = torch.arange(length, device=key.device) // PAGE
+    taken = _best(setting, reached, _always(setting, visible, NEWEST), visible, page, extent, PAGE)
+    return visible[:, None] & taken[:, :, page]
+
+
+def _channel_kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int) -> Tensor:
+    """Tokens with the largest scores on the calibrated channels; shapes as in :func:`_page_kept`."""
+    from fxopt.passes.sparse_attention.double_sparsity import NEWEST, channels_for
+
+    lists = channels_for(setting, key.shape[1], key.shape[3])
+    scores = torch.stack(
+        [(query[:, h][..., listed] @ key[:, h][..., listed].mT).amax(1) for h, listed in enumerate(lists)], 1
+    )[..., :extent]  # fmt: skip
+    position = torch.arange(key.shape[2], device=key.device)
+    return visible[:, None] & _best(setting, scores, _always(setting, visible, NEWEST), visible, position, extent, 1)
+
+
+def _own_kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int) -> Tensor:
+    """Tokens with the largest scores of a function of the user's; shapes as in :func:`_page_kept`."""
+    from fxopt.passes.sparse_attention.own import NEWEST
+
+    found = setting.select(query, key, key.transpose(2, 3))
+    if not found.dtype.is_floating_point:
+        found = torch.full(key.shape[:3], -1.0, device=key.device).scatter(2, found, 1.0)
+    position = torch.arange(key.shape[2], device=key.device)
+    always = _always(setting, visible, NEWEST)
+    return visible[:, None] & _best(setting, found[..., :extent], always, visible, position, extent, 1)
+
+
+def _always(setting: SparseAttention, visible: Tensor, newest: int) -> Tensor:
+    rank = visible.cumsum(-1)
+    return visible & ((rank <= setting.sinks) | (rank > rank[:, -1:] - newest))
+
+
+def _best(
+    setting: SparseAttention, scores: Tensor, always: Tensor, visible: Tensor, number: Tensor, extent: int, block: int
+) -> Tensor:
+    """[B, Hkv, N] bool: the blocks that are read; ``number: [S]`` is the block of each position."""
+    from fxopt.passes.sparse_attention.selection import blocks_to_read
+
+    batch, heads, used = scores.shape
+    blocks = int(number[-1]) + 1
+    count = blocks_to_read(setting, visible.shape[1], block, setting.chosen_by.NEWEST)
+    taken = torch.ones(batch, heads, blocks, dtype=torch.bool, device=scores.device)
+    if count * block >= extent:
+        return taken
+
+    def any_in_block(what: Tensor) -> Tensor:
+        found = torch.zeros(batch, blocks, dtype=torch.int64, device=what.device)
+        return found.index_add_(1, number, what.long())[:, None, :used] > 0
+
+    ranked = scores.float().masked_fill(~any_in_block(visible), -math.inf)
+    ranked = ranked.masked_fill(any_in_block(always), math.inf)
+    order = ranked.topk(count, -1).indices
+    return torch.zeros_like(taken).scatter_(2, order, True)
 
 
 def tokens_of(setting: SparseAttention, length: int) -> int:

@@ -71,6 +71,3 @@ def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext,
     amount = index.meta["example_value"].shape[-1]
     context.applied(new, f"{described}: reads {amount} of them, {setting.sinks} sinks and the newest")
 
-
-def finish(sites: list[AttentionSite], setting: SparseAttention, context: PassContext) -> None:
-    """Nothing is kept between steps."""

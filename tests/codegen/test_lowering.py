@@ -32,7 +32,9 @@ for given, extra in (
     expected = attention(**inputs)
     options = {"sinks": None, "soft_cap": 0.0} | inputs
     for phi in (None, torch.full((2,), 1.5), torch.full((2,), -400.0)):
-        got = lowering.launch(phi=phi, split_size=64, **options)
+        got, counts = lowering.launch(phi=phi, split_size=64, **options)
+        rows = expected.shape[:3].numel()
+        assert counts.tolist() == [0 if phi is None or phi[0] > 0 else rows, 0 if phi is None else rows]
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
         assert got.is_contiguous()
 
@@ -40,7 +42,7 @@ for given, extra in (
 inputs = sample_inputs(batch=2, length=300, width=32, kind="bool", filled=70)
 inputs["extent"] = torch.tensor([70, 3])[:1]
 expected = attention(**inputs)
-got = lowering.launch(sinks=None, phi=None, soft_cap=0.0, split_size=64, **inputs)
+got, _ = lowering.launch(sinks=None, phi=None, soft_cap=0.0, split_size=64, **inputs)
 torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
 print("agreed")
 """
@@ -60,7 +62,8 @@ def test_body_off_the_gpu(tokens):
     inputs = sample_inputs(tokens=tokens, filled=20)
     tensors = [inputs.pop(name) for name in ("query", "key", "value")]
     phi = torch.zeros(2)
-    out = OP(*tensors, phi=phi, **inputs)
+    out, counts = OP(*tensors, phi=phi, **inputs)
+    assert counts.tolist() == [0, out.shape[:3].numel()]
     assert torch.equal(out, attention(*tensors, **inputs))
     assert out.is_contiguous()
     torch.library.opcheck(OP, tuple(tensors), inputs | {"phi": phi})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fxopt.codegen.ops.attention as module
 from fxopt.codegen.ops.attention import TOLERANCE, attention, pack_mask, read_extent, sample_inputs
 
 OP = torch.ops.fxopt.attention.default
@@ -52,6 +53,13 @@ def test_against_float64(kind, heads, kv_heads, tokens):
         )
 
 
+@pytest.mark.parametrize(("width", "value_width"), [(1, 1), (7, 7), (80, 80), (96, 33)])
+def test_odd_head_dimensions(width, value_width):
+    inputs = sample_inputs(width=width, filled=20)
+    value = torch.randn(2, 2, 64, value_width, generator=torch.Generator().manual_seed(9))
+    assert close(inputs, value=value).shape == (2, 8, 1, value_width)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     close(sample_inputs(dtype=dtype, filled=30))
@@ -74,6 +82,23 @@ def test_causal_and_a_mask_of_another_dtype():
     close(sample_inputs(tokens=3, kind="bool"), is_causal=True)
     mask = torch.zeros(2, 1, 1, 64).masked_fill(torch.arange(64) > 20, torch.finfo(torch.float32).min)
     close(sample_inputs(dtype=torch.bfloat16, kind="none"), mask=mask)
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 100, 999])
+@pytest.mark.parametrize("extra", [{}, {"soft_cap": 6.0}, {"sinks": torch.arange(8.0)}])
+def test_a_causal_window_block_by_block(window, extra, monkeypatch):
+    monkeypatch.setattr(module, "SMALLEST_BLOCK", 16)
+    monkeypatch.setattr(module, "LARGEST_BLOCK", 32)
+    inputs = sample_inputs(tokens=150, length=150, kind="none")
+    place = torch.arange(150)
+    seen = (place <= place[:, None]) & (place > place[:, None] - window)
+    got = attention(**inputs, is_causal=True, window=window, **extra)
+    torch.testing.assert_close(got, attention(**inputs | {"mask": seen}, **extra), atol=1e-5, rtol=1e-5)
+    expected = reference(**{k: v for k, v in inputs.items() if k != "mask"}, mask=seen, **extra)
+    assert (got.double() - expected).abs().max() < TOLERANCE[torch.float32]
+    ones = torch.ones(150, 150, dtype=torch.bool)
+    whole = attention(**inputs | {"mask": ones}, is_causal=True, window=window, **extra)
+    torch.testing.assert_close(whole, got, atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_with_nothing_unmasked_is_zero():

@@ -13,6 +13,7 @@ import torch
 
 import fxopt
 from fxopt import LayerSkip
+from fxopt.codegen import compat
 from fxopt.testing import TINY, Handwritten
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8, 61]])
@@ -59,6 +60,10 @@ def test_skipping_through_inductor_equals_the_deleted_model():
     assert len(fxopt.report(model).graphs) == graphs, "a request of equal shapes recompiled"
 
 
+@pytest.mark.skipif(
+    compat.torch_version() < (2, 12),
+    reason="Inductor of torch 2.11 alone writes C++ that does not compile for a growing cache, on some CPUs",
+)
 def test_stand_ins_of_a_growing_cache_go_through_inductor():
     model = TINY["llama"]()
     technique = LayerSkip(skip=(0,))
@@ -76,18 +81,23 @@ from torch._dynamo.utils import counters
 import fxopt
 from fxopt.testing import TINY
 model = TINY["llama"]()
-fxopt.compile(model, fxopt.LayerSkip(skip=(1,)))
+fxopt.compile(model, fxopt.{technique})
 with torch.no_grad():
     model(input_ids=torch.tensor([[5, 17, 3, 99, 42]]), use_cache=False)
 print(counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_bypass"])
 """
 
 
-def test_compile_caches_hit_in_a_second_process(tmp_path):
+@pytest.mark.parametrize(
+    "technique",
+    ["LayerSkip(skip=(1,))", pytest.param("EarlyExit(layers=(1,), threshold=0.5)", marks=pytest.mark.slow)],
+)
+def test_compile_caches_hit_in_a_second_process(tmp_path, technique):
+    code = _SECOND.replace("{technique}", technique)
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     outputs = [
         subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _SECOND], env=env, capture_output=True, text=True, check=True
+            [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=True
         ).stdout.split()
         for _ in range(2)
     ]

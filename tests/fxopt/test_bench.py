@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pytest
 import torch
 
+<<<<<<< HEAD
 from fxopt.bench import load_suite
+=======
+from fxopt.bench import kept
+>>>>>>> main
 from fxopt.bench.harness import Peer, Result, check_equal, environment, measure, quartiles
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_peers_are_interleaved_and_the_order_alternates():
@@ -53,6 +60,7 @@ def test_result_files(tmp_path):
     assert (tmp_path / "r.png").stat().st_size > 1000
 
 
+<<<<<<< HEAD
 @pytest.mark.slow
 def test_recorder_quick():
     result = load_suite("recorder")(quick=True)
@@ -61,3 +69,23 @@ def test_recorder_quick():
     assert "byte-identical" in result.remarks[0]
     with pytest.raises(ValueError, match="--device cpu"):
         load_suite("recorder")(device="cuda")
+=======
+def test_kept_results_fill_a_document(tmp_path):
+    rows = measure("prefill 8", [Peer("a", lambda: None), Peer("b", lambda: None)], rounds=2)
+    result = Result("depth", "fxopt bench depth", environment("cpu") | {"date": "2026-01-02"}, rows, ["a remark"])
+    result.to_json(tmp_path / "new.json")
+    Result("depth", "old", environment("cpu") | {"date": "2026-01-01"}, rows).to_json(tmp_path / "old.json")
+    text = kept.filled("before\n<!-- bench depth -->\nstale\n<!-- end bench -->\nafter", tmp_path)
+    assert "stale" not in text
+    assert "| prefill 8 | b |" in text
+    assert "`fxopt bench depth`, 2026-01-02" in text
+    assert kept.filled(text, tmp_path) == text
+    with pytest.raises(FileNotFoundError, match="fxopt bench overhead --keep"):
+        kept.newest("overhead", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))])
+def test_documents_show_the_kept_results(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert kept.filled(text) == text, f"run: python -m fxopt.bench.kept {name}"
+>>>>>>> main

@@ -164,3 +164,18 @@ def test_logging_prints_the_summary(eager_lowering, caplog):
     with caplog.at_level(logging.INFO, logger="fxopt"):
         fxopt.compile(TINY["handwritten"](), LayerSkip(skip=(1,)))(IDS)
     assert any("layer_skip" in record.getMessage() for record in caplog.records)
+
+
+def test_summary_tells_how_deep_the_steps_went(eager_lowering):
+    from fxopt.testing import TINY
+
+    model = TINY["llama"]()
+    fxopt.compile(model, fxopt.EarlyExit(layers=(1,), confidence="max", threshold=0.0))
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        model(ids, use_cache=False)
+        assert "rows by layers run  1: 1, 3: 0; mean 1.00 of 3" in fxopt.report(model).summary()
+        model(ids, use_cache=False)
+    assert "1: 2, 3: 0" in fxopt.report(model).summary()
+    read = fxopt.Report.from_dict(fxopt.report(model).to_dict())
+    assert "rows by layers run" not in read.summary()

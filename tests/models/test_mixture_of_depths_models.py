@@ -8,7 +8,8 @@ import torch
 import fxopt
 from fxopt import SettingError
 from fxopt.passes.mixture_of_depths import MixtureOfDepths
-from fxopt.passes.mod_reference import routers, watching
+from fxopt.passes.mod_counters import watching
+from fxopt.passes.mod_reference import routers
 from fxopt.testing import TINY, inputs_for
 
 pytest.importorskip("transformers")
@@ -115,12 +116,125 @@ def test_generate_is_what_forwards_without_a_cache_say(beams):
     assert torch.equal(found, model.generate(inputs["input_ids"], use_cache=False, **settings))
 
 
-def test_generate_of_the_compiled_model(eager_lowering):
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_of_the_compiled_model(eager_lowering, cache):
     model, inputs = made("llama", training=False)
     settings = {"max_new_tokens": 4, "do_sample": False}
     expected = model.generate(inputs["input_ids"], **settings)
+    settings["cache_implementation"] = cache
+    assert torch.equal(model.generate(inputs["input_ids"], **settings), expected)
     fxopt.compile(model)
     assert torch.equal(model.generate(inputs["input_ids"], **settings), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_static_cache_step_by_step_is_all_at_once(name, batch):
+    """Prompt, a chunk, single tokens; Gemma 2 past its window of 8, with both its kinds of layers routed."""
+    from transformers import StaticCache
+
+    model, inputs = made(name, training=False, batch=batch, length=21, layers=(0, 1))
+    ids = inputs["input_ids"]
+    with torch.no_grad(), watching(model) as routes:
+        whole = model(input_ids=ids, use_cache=False).logits
+        chosen = routes()
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        for _ in range(2):  # once more after a reset
+            parts = []
+            for start, stop in [(0, 6), (6, 10), *((i, i + 1) for i in range(10, 21))]:
+                parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache).logits)
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+            for index, layer in enumerate(cache.layers[:2]):
+                path = next(p for p in chosen if p.endswith(f".{index}"))
+                assert int(layer.get_seq_length()) == 21
+                assert torch.equal(layer.positions[:, :21] >= 0, chosen[path])
+                assert torch.equal(layer.counts, chosen[path].sum(1))
+            cache.reset()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_decode_is_one_graph(eager_lowering, name):
+    """Steps on a cache that a prompt has filled: no graph break, the same logits as all at once, blocks skipped."""
+    from transformers import StaticCache
+
+    model, inputs = made(name, training=False, batch=2, length=16, layers=(0, 1))
+    ids = inputs["input_ids"]
+    with torch.no_grad(), watching(model) as routes:
+        whole = model(input_ids=ids, use_cache=False).logits
+        chosen = routes()
+    declined = sum(int((~taken[:, 8:]).all(0).sum()) for taken in chosen.values())
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        model(input_ids=ids[:, :8], past_key_values=cache)
+        fxopt.compile(model, strict=True)
+        torch._dynamo.utils.counters.clear()
+        found = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 16)]
+    torch.testing.assert_close(torch.cat(found, 1), whole[:, 8:], rtol=1e-4, atol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    remarks = [r for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"]
+    assert {r.status for r in remarks} == {"applied"}
+    assert {r.message for r in remarks} == {"its predictor decides: a step in which every row declines skips the block"}
+    assert declined  # a step in which the block was skipped is among them
+
+
+def test_a_compiled_step_that_declines_does_not_run_the_block(eager_lowering):
+    """The block's weights are poisoned: had it run, its keys in the cache were NaN."""
+    from transformers import StaticCache
+
+    model, inputs = made("llama", training=False, batch=2, length=9)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=12)
+        model(input_ids=ids[:, :8], past_key_values=cache)
+        for parameter in model.model.layers[1].parameters():
+            parameter.fill_(torch.nan)
+        fxopt.compile(model, strict=True)
+        for weight, runs in ((0.0, False), (1.0, True)):
+            routers(model)["model.layers.1"].logits = lambda x, score, weight=weight: torch.full_like(score, weight)
+            torch._dynamo.reset()
+            step = model(input_ids=ids[:, 8:9], past_key_values=cache).logits
+            assert bool(step.isnan().any()) == runs
+            assert bool(cache.layers[1].keys.isnan().any()) == runs
+
+
+def test_static_rewind_reorder_and_two_conversations():
+    from transformers import StaticCache
+
+    model, inputs = made("llama", training=False, batch=2, length=14, layers=(0, 1))
+    ids = inputs["input_ids"]
+    other = ids.flip(1)
+    with torch.no_grad():
+        whole, flipped = (model(input_ids=x, use_cache=False).logits for x in (ids, other))
+        caches = [StaticCache(config=model.config, max_cache_len=16) for _ in range(2)]
+        for start, stop in ((0, 8), (8, 11)):
+            for cache, x, expected in zip(caches, (ids, other), (whole, flipped), strict=True):
+                found = model(input_ids=x[:, start:stop], past_key_values=cache).logits
+                torch.testing.assert_close(found, expected[:, start:stop], rtol=1e-4, atol=1e-4)
+        model(input_ids=other[:, 3:6], past_key_values=caches[0])  # a draft, rolled back
+        for layer in caches[0].layers:
+            layer.cumulative_length.fill_(11)
+        caches[0].reorder_cache(torch.tensor([1, 0]))
+        found = model(input_ids=ids[:, 11:14].flip(0), past_key_values=caches[0]).logits
+    torch.testing.assert_close(found, whole[:, 11:14].flip(0), rtol=1e-4, atol=1e-4)
+
+
+def test_static_cache_with_left_padding():
+    from transformers import StaticCache
+
+    model, inputs = made("llama", training=False, batch=1, layers=(0, 1))
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        alone = model(input_ids=ids, use_cache=False).logits[:, -1]
+        padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+        mask = torch.ones_like(padded)
+        mask[:, :4] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        for start, stop in ((0, 10), (10, 16)):
+            rest = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+            found = model(input_ids=padded[:, start:stop], past_key_values=cache, **rest).logits[:, -1]
+        assert not (cache.layers[1].positions[:, :4] >= 0).any()
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_caches_that_cannot_leave_rows_out_are_refused():
@@ -129,11 +243,13 @@ def test_caches_that_cannot_leave_rows_out_are_refused():
     model, inputs = made("llama", training=False)
     ids = inputs["input_ids"]
     with torch.no_grad():
-        with pytest.raises(SettingError, match="DynamicCache"):
-            model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+        static = StaticCache(config=model.config, max_cache_len=32)
+        TINY["llama"]()(input_ids=ids, past_key_values=static)
+        with pytest.raises(SettingError, match="Start from an empty cache"):
+            model(input_ids=ids, past_key_values=static)
         cache = DynamicCache(config=model.config)
         TINY["llama"]()(input_ids=ids, past_key_values=cache)
-        with pytest.raises(SettingError, match="Start from an empty DynamicCache"):
+        with pytest.raises(SettingError, match="Start from an empty cache"):
             model(input_ids=ids, past_key_values=cache)
         cache = model.train()(input_ids=ids).past_key_values
         with pytest.raises(SettingError, match=r"Fill it in model\.eval"):

@@ -21,18 +21,19 @@ class Recaptured:
         self.model = model
         self.entries: list[_Entry] = []
         self.technique: Technique | None = None
+        self.strict = True
         model.compile(backend=self)
 
     def __call__(self, gm: fx.GraphModule, inputs: Any, **_: Any) -> Any:
         entry = _Entry(gm)
         self.entries.append(entry)
-        entry.use(self.technique)
+        entry.use(self.technique, self.strict)
         return lambda *args: entry.run(*args)  # the run of the technique in use at the time
 
     def use(self, technique: Technique | None) -> Recaptured:
         self.technique = technique
         for entry in self.entries:
-            entry.use(technique)
+            entry.use(technique, self.strict)
         return self
 
     def remarks(self, status: str | None = None) -> list[Any]:
@@ -51,11 +52,11 @@ class _Entry:
         self.rewritten: fx.GraphModule | None = None
         self.run: Any = None
 
-    def use(self, technique: Technique | None) -> None:
+    def use(self, technique: Technique | None, strict: bool = True) -> None:
         gm = fx.GraphModule(self.gm, backend._copy_graph(self.graph))
         gm.compile_subgraph_reason = getattr(self.gm, "compile_subgraph_reason", None)
         self.record = reporting.new_record("test", 0)
-        settings = Settings.build({technique.name: technique} if technique else {}, strict=True)
+        settings = Settings.build({technique.name: technique} if technique else {}, strict=strict)
         gm, wrappers, _ = backend.run_passes(gm, self.record, Recorder(self.record, "0"), settings)
         self.rewritten = gm
         run: Any = gm.forward

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+import fxopt
 from fxopt.codegen import lowering
-from fxopt.codegen.kernels.phi import newest_key_phi
+from fxopt.codegen.kernels.phi import newest_key_phi, place, qk_norm_bound
 from fxopt.passes.async_softmax import AsyncSoftmax
 from fxopt.passes.cache_extent import CacheExtent
 from fxopt.passes.context import PassContext
@@ -16,14 +19,16 @@ from fxopt.passes.provenance import number_nodes
 from fxopt.passes.record import GraphRecord
 from fxopt.passes.rewriter import verify
 from fxopt.passes.technique import SettingError
-from fxopt.testing import capture
+from fxopt.testing import TINY, capture
+
+transformers = pytest.importorskip("transformers")
 
 B, H, HKV, T, S, D = 2, 4, 2, 2, 24, 16
 
 
 @pytest.mark.parametrize("phi", ["automatic", float("nan"), float("inf"), True, None, [1.0]])
 def test_a_phi_that_cannot_be_meant(phi):
-    with pytest.raises(SettingError, match="phi is 'auto' or a finite number"):
+    with pytest.raises(SettingError, match="phi is 'auto', 'online' or a finite number"):
         AsyncSoftmax(phi=phi)
 
 
@@ -96,7 +101,8 @@ launched = []
 
 def launch(query, key, value, mask, extent, sinks, phi, *, scale, soft_cap, split_size):
     launched.append((phi, extent, split_size, scale))
-    return lowering.attention(query, key, value, mask, extent, sinks, scale=scale, soft_cap=soft_cap).contiguous()
+    out = lowering.attention(query, key, value, mask, extent, sinks, scale=scale, soft_cap=soft_cap).contiguous()
+    return out, torch.tensor([3, out.shape[:3].numel()])
 
 
 def test_phi_from_the_newest_key(kernels_everywhere):
@@ -134,3 +140,168 @@ def test_prompts_are_left_alone(kernels_everywhere):
     context = PassContext(graph_module.graph, "async_softmax", GraphRecord(0, "-", "test"))
     AsyncSoftmax().rewrite(graph_module.graph, context)
     assert [r.code for r in context.remarks] == ["FX503"]
+
+
+# -- what phi is taken from -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranges", [((1.0,),), ((2.0, 1.0),), ((0.0, float("inf")),), 3, ("ab",)])
+def test_ranges_that_cannot_be_meant(ranges):
+    with pytest.raises(SettingError, match="fxopt.tune"):
+        AsyncSoftmax(ranges=ranges)
+
+
+def test_online_softmax_as_asked_for(kernels_everywhere):
+    graph_module, remarks = rewritten(step, AsyncSoftmax(phi="online"))
+    torch.testing.assert_close(call(graph_module), step(*inputs()))
+    assert launched[-1][0] is None
+    assert "online softmax as asked for" in remarks[0].message
+
+
+def test_calibrated_ranges_give_each_head_its_phi(kernels_everywhere):
+    technique = AsyncSoftmax(ranges=((-2.0, 6.0), (3.0, 12.0)))
+    graph_module, remarks = rewritten(step, technique)
+    torch.testing.assert_close(call(graph_module), step(*inputs()))
+    expected = [place(low, high, torch.float32) for low, high in technique.ranges]
+    torch.testing.assert_close(launched[-1][0], torch.tensor(expected))
+    assert "calibrated" in remarks[0].message
+
+
+def test_a_range_that_fits_no_phi_gets_online_softmax(kernels_everywhere):
+    """The range published for OPT-6.7B (FlashDecoding++, section 3)."""
+    graph_module, remarks = rewritten(step, AsyncSoftmax(ranges=((-2.0, 6.0), (-496.8, 363.5))))
+    torch.testing.assert_close(call(graph_module), step(*inputs()))
+    assert launched[-1][0] is None
+    assert "-496.8 to 363.5 fit no unified maximum" in remarks[0].message
+
+
+def test_ranges_of_another_number_of_heads(kernels_everywhere):
+    with pytest.raises(SettingError, match="ranges for 3 KV heads; this attention has 2"):
+        rewritten(step, AsyncSoftmax(ranges=((0.0, 1.0),) * 3))
+
+
+def test_a_certificate_comes_before_a_calibration(kernels_everywhere):
+    rewritten_module, remarks = rewritten(capped, AsyncSoftmax(ranges=((-2.0, 6.0), (3.0, 12.0))))
+    call(rewritten_module)
+    assert launched[-1][0].tolist() == [0.0] * HKV
+    assert "soft-cap" in remarks[0].message
+
+
+# -- whole models, as on a GPU ----------------------------------------------------------------------------------------
+
+
+def generated(model, tokens=4):
+    ids = torch.randint(3, 128, (2, 5), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+            cache_implementation="static",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "steps"), [("qwen3", 3), ("gemma3_text", 4)])
+def test_normalised_queries_and_keys_are_certified_by_their_weights(name, steps, kernels_everywhere, eager_lowering):
+    model = TINY[name]()
+    attention = model.model.layers[0].self_attn
+    expected = generated(model)
+    fxopt.compile(model, AsyncSoftmax())
+    assert torch.equal(generated(model), expected)
+    assert {phi.unique().tolist()[0] for phi, *_ in launched} == {0.0}
+    report = fxopt.report(model)
+    layers = model.config.num_hidden_layers
+    assert report.graphs[-1].count("async_softmax") == layers
+    said = [r.message for r in report.graphs[-1].remarks if r.technique == "async_softmax"]
+    assert all("the norms of queries and keys" in message for message in said)
+
+    bounds = [
+        float(qk_norm_bound(a.q_norm.weight, a.k_norm.weight, head_dim=16, scale=a.scaling,
+                            offset=1.0 if name == "gemma3_text" else 0.0))
+        for a in (layer.self_attn for layer in model.model.layers)
+    ]  # fmt: skip
+    counted = report.graphs[-1].counted
+    assert counted["async_softmax lowest score bound"] == pytest.approx(min(bounds))
+    assert counted["async_softmax highest score bound"] == pytest.approx(max(bounds))
+    assert "async_softmax highest score bound" in report.summary()
+
+    # The bound follows the weights: one layer's norm grows out of what phi 0 can serve, without a new compilation.
+    with torch.no_grad():
+        attention.q_norm.weight.mul_(0.0).add_(4000.0)
+    graphs, launched[:] = len(report.graphs), []
+    assert torch.equal(generated(model), generated(copy.deepcopy(model)))
+    assert sum(bool((phi != 0).all()) for phi, *_ in launched) == steps
+    assert sum(bool((phi != 0).any()) for phi, *_ in launched) == steps
+    assert len(fxopt.report(model).graphs) == graphs
+    assert fxopt.report(model).graphs[-1].counted["async_softmax highest score bound"] > 1000
+
+
+def test_recomputed_rows_are_in_the_report(kernels_everywhere, eager_lowering):
+    model = TINY["llama"]()
+    expected = generated(model)
+    fxopt.compile(model, AsyncSoftmax())
+    assert torch.equal(generated(model), expected)
+    counted = fxopt.report(model).graphs[-1].counted
+    calls, rows = len(launched), 2 * 4
+    assert calls == 3 * 3
+    assert counted["async_softmax rows"] == calls * rows
+    assert counted["async_softmax rows recomputed"] == 3 * calls
+    assert counted["async_softmax recompute rate"] == pytest.approx(3 / rows)
+    again = fxopt.Report.from_dict(fxopt.report(model).to_dict())
+    assert again.graphs[-1].counted == counted
+
+
+def test_a_recipe_reaches_its_layers(kernels_everywhere, eager_lowering, tmp_path):
+    model = TINY["llama"]()
+    tokens = torch.randint(2, 128, (64,), generator=torch.Generator().manual_seed(3)).tolist()
+    recipe = fxopt.tune(model, tokens, context=32, show=False)
+    recipe = fxopt.Recipe.load(recipe.save(tmp_path / "recipe.safetensors"))
+    expected = generated(model)
+    fxopt.compile(model, recipe)
+    assert torch.equal(generated(model), expected)
+    wanted = [
+        torch.tensor([place(*pair, torch.float32) for pair in recipe.paths[f"model.layers.{i}.self_attn"].ranges])
+        for i in range(3)
+    ]
+    for i, (phi, *_) in enumerate(launched):
+        torch.testing.assert_close(phi, wanted[i % 3])
+
+
+def test_through_inductor(kernels_everywhere):
+    model = TINY["qwen3"]()
+    expected = generated(model)
+    fxopt.compile(model, AsyncSoftmax())
+    assert torch.equal(generated(model), expected)
+    counted = fxopt.report(model).graphs[-1].counted
+    assert counted["async_softmax rows"] == 3 * 3 * 2 * 4
+
+
+def test_a_head_dimension_without_a_kernel_stays_as_it_was(kernels_everywhere, eager_lowering):
+    config = TINY["llama"]().config
+    model = transformers.LlamaForCausalLM(type(config)(**config.to_dict() | {"head_dim": 8})).eval()
+    expected = generated(model)
+    fxopt.compile(model, AsyncSoftmax())
+    assert torch.equal(generated(model), expected)
+    last = fxopt.report(model).graphs[-1]
+    assert (last.count("async_softmax"), last.count("cache_extent")) == (0, 3)
+    assert {r.code for r in last.remarks if r.technique == "async_softmax"} == {"FX303"}
+    assert not launched
+
+
+def test_with_early_exits_nothing_is_counted(kernels_everywhere):
+    (graph_module,) = capture(step, *inputs())
+    number_nodes(graph_module.graph)
+    in_use = frozenset({"async_softmax", "early_exit"})
+    context = PassContext(graph_module.graph, "async_softmax", GraphRecord(0, "-", "test"), in_use=in_use)
+    AsyncSoftmax().rewrite(graph_module.graph, context)
+    verify(graph_module.graph)
+    assert not context.call_wrappers
+    assert "not counted" in context.remarks[-1].message
+
+
+def test_two_settings_on_one_graph_count_together(kernels_everywhere, eager_lowering):
+    model = TINY["llama"]()
+    expected = generated(model)
+    paths = {f"model.layers.{i}.self_attn": AsyncSoftmax(phi=float(i)) for i in range(3)}
+    fxopt.compile(model, paths)
+    assert torch.equal(generated(model), expected)
+    assert [phi.unique().item() for phi, *_ in launched[:3]] == [0.0, 1.0, 2.0]
+    assert fxopt.report(model).graphs[-1].counted["async_softmax rows"] == len(launched) * 8

@@ -39,7 +39,6 @@ IDS = torch.tensor([[5, 17, 3, 99, 42, 8, 61]])
         ({"skip": (1,), "rule": "unified"}, "leave it out"),
         ({"skip": (1,), "part": "atention"}, "Did you mean 'attention'"),
         ({"skip": (1,), "phase": "prefill"}, "'all', 'decode'"),
-        ({"router": "routers.safetensors"}, "not available"),
         ({"skip": (1,), "decide": "token"}, "not available"),
     ],
 )

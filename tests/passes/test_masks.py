@@ -189,15 +189,53 @@ def test_a_causal_mask_becomes_is_causal_and_its_making_goes():
     torch.testing.assert_close(call(graph_module, **dict(zip("qkv", args, strict=True))), function(*args))
 
 
-def test_a_window_stays_a_mask_and_is_named():
+def test_a_window_is_handed_over_as_a_number():
     def function(q):
         place = torch.arange(T)
         mask = (place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - 2)
         return attend(mask, q)
 
-    graph_module, remarks = rewritten(function, torch.randn(2, 4, T, 8))
-    assert applied(remarks, "mask_structure") == 0
-    assert any("window of 2 keys" in r.message and r.code == "FX203" for r in remarks)
+    q = torch.randn(2, 4, T, 8)
+    graph_module, remarks = rewritten(function, q)
+    assert applied(remarks, "mask_structure") == 1
+    assert any("window of 2 keys" in r.message for r in remarks)
+    node = next(n for n in graph_module.graph.nodes if name_of(n))
+    assert not graph_module.graph.find_nodes(op="call_function", target=torch.arange)
+    assert (node.kwargs["window"], node.kwargs["is_causal"], "mask" in node.kwargs) == (2, True, False)
+    torch.testing.assert_close(call(graph_module, q=q), function(q))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("form", ["fill", "where", "added"])
+def test_a_soft_cap_keeps_its_causal_structure(window, form):
+    def function(q):
+        place = torch.arange(T)
+        mask = place[None, :] <= place[:, None]
+        if window is not None:
+            mask = mask & (place[None, :] > place[:, None] - window)
+        scores = torch.tanh(q @ q.transpose(-1, -2) / 20) * 20
+        if form == "fill":
+            scores = scores.masked_fill(~mask, float("-inf"))
+        elif form == "where":
+            scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + torch.zeros(T, T).masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return torch.softmax(scores, -1) @ q
+
+    q = torch.randn(2, 4, T, 8)
+    graph_module, remarks = rewritten(function, q)
+    assert applied(remarks, "mask_structure") == 1
+    torch.testing.assert_close(call(graph_module, q=q), function(q))
+
+
+def test_a_window_stays_a_mask_where_the_model_trains():
+    def function(q):
+        place = torch.arange(T)
+        return attend((place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - 2), q)
+
+    q = torch.randn(2, 4, T, 8, requires_grad=True)
+    graph_module, remarks = rewritten(function, q, grad=True)
+    assert [(r.status, r.code) for r in remarks if r.technique == "mask_structure"] == [("blocked", "FX205")]
     assert "attn_mask" in str(graph_module.graph)
 
 

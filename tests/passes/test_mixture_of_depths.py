@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pathlib
 import pickle
 import runpy
@@ -14,8 +15,10 @@ from torch import nn
 
 import fxopt
 from fxopt import SettingError
+from fxopt.passes.layers import find_layers
 from fxopt.passes.mixture_of_depths import MixtureOfDepths, unroute
-from fxopt.passes.mod_reference import auxiliary_loss, members, routers, top_tokens, watching
+from fxopt.passes.mod_counters import watching
+from fxopt.passes.mod_reference import auxiliary_loss, members, routers, top_tokens
 from fxopt.passes.provenance import module_path
 from fxopt.testing import TINY, Handwritten, capture, inputs_for
 
@@ -451,6 +454,93 @@ def test_a_changed_capacity_recompiles(eager_lowering):
     MixtureOfDepths(9)(model)
     torch.testing.assert_close(model(**inputs), model.forward(**inputs))
     assert [r.message[:7] for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"][-1] == "9 of 12"
+
+
+def test_compile_adds_the_routers(eager_lowering):
+    model = TINY["handwritten"]().train()
+    ids = inputs_for("handwritten", model)["ids"]
+    expected = fxopt.reference(model, MixtureOfDepths(0.5))(ids)
+    fxopt.compile(model, MixtureOfDepths(0.5), strict=True)
+    weight = model.fxopt_router["1"].weight
+    torch.testing.assert_close(model(ids), expected)
+    fxopt.compile(model, MixtureOfDepths(2), strict=True)
+    assert model.fxopt_router["1"].weight is weight
+    with watching(model) as routes:
+        model(ids)
+        assert routes()["layers.1"].sum(1).tolist() == [2] * len(ids)
+    decorated = MixtureOfDepths(3)(TINY["handwritten"]()).train()
+    fxopt.compile(decorated, MixtureOfDepths(7))  # the nearer setting wins
+    with watching(decorated) as routes:
+        decorated(ids)
+        assert routes()["layers.1"].sum(1).tolist() == [3] * len(ids)
+
+
+def test_routed_layers_are_layers_of_the_stack(eager_lowering):
+    model, inputs = made("handwritten", capacity=5, layers=(1,))
+    (captured,) = capture(model, **inputs, grad=True)
+    (stack,) = find_layers(captured.graph).stacks
+    assert [layer.index for layer in stack.layers] == list(range(len(model.layers)))
+    assert [part.kind for part in stack.layers[1].parts] == ["routed"]
+    assert [part.kind for part in stack.layers[0].parts] == ["attention", "mlp"]
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_layer_skip_of_a_routed_model(eager_lowering, skipped):
+    model, inputs = made("handwritten", capacity=5, layers=(1,))
+    twin = copy.deepcopy(model)
+    twin.layers[skipped].forward = lambda x: x
+    fxopt.compile(model, fxopt.LayerSkip(skip=(skipped,)), strict=True)
+    torch.testing.assert_close(model(**inputs), twin(**inputs))
+
+
+def test_layer_skip_does_not_count_a_stack_that_a_branch_has_cut(eager_lowering):
+    model = MixtureOfDepths(0.25, layers=(3,))(Handwritten(layers=5)).eval()
+    routers(model)["layers.3"].trained = True
+    ids = inputs_for("handwritten", model, length=S)["ids"]
+    expected = model.forward(ids)
+    fxopt.compile(model, fxopt.LayerSkip(speedup=2))
+    with torch.no_grad(), pytest.warns(UserWarning, match="did not act"):
+        torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)
+    assert "FX105" in {r.code for r in fxopt.report(model).remarks if r.technique == "layer_skip"}
+
+
+def test_the_report_tells_what_was_routed(eager_lowering):
+    model, inputs = made(training=False)
+    fxopt.compile(model, strict=True)
+    with torch.no_grad(), watching(model) as routes:
+        taken = 0
+        for _ in range(3):
+            model(**inputs)
+            taken += int(routes()["layers.1"].sum())
+    report = fxopt.report(model)
+    counted = report.routing["layers.1"]
+    assert (counted["tokens"], counted["routed"]) == (3 * B * S, taken)
+    assert [begin for begin, _ in counted["by_place"]] == [0, 1, 2, 4, 8]
+    assert f"{taken / (3 * B * S):.1%} of {3 * B * S} tokens" in report.summary()
+    assert fxopt.Report.from_dict(json.loads(json.dumps(report.to_dict()))).routing == report.routing
+
+
+def test_gradients_accumulate_over_micro_batches():
+    grads = []
+    for parts in (1, 2):
+        model, inputs = made(capacity=4)
+        for ids in inputs["ids"].chunk(parts):
+            ((model(ids).square().mean() + auxiliary_loss(model)) / parts).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for whole, accumulated in zip(*grads, strict=True):
+        torch.testing.assert_close(whole, accumulated)
+
+
+def test_blocks_that_mix_neighbours_are_refused():
+    model = TINY["handwritten"]()
+    model.layers[1].extra = nn.Conv1d(64, 64, 3)
+    with pytest.raises(SettingError, match=r"Conv1d in layers\.1 mixes each token with its neighbours"):
+        MixtureOfDepths(0.5)(model)
+    assert not routers(model) and "fxopt_router" not in dict(model.named_children())
+    MixtureOfDepths(0.5, layers=(0,))(model)
+    model.layers[0].extra = nn.GRU(64, 64)
+    with pytest.raises(SettingError, match="running state"):
+        MixtureOfDepths(0.5, layers=(0,))(model)
 
 
 def test_through_options_without_routers_it_says_what_to_write(eager_lowering):

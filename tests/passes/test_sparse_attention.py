@@ -15,8 +15,9 @@ from fxopt.testing import TINY
     "fields",
     [
         {}, {"window": 0}, {"window": True}, {"budget": 0}, {"budget": 1.5}, {"budget": True}, {"budget": 4},
-        {"window": 8, "budget": 16}, {"window": 8, "sinks": -1}, {"method": "pages", "budget": 64},
-        {"method": "double_sparsity", "budget": 64}, {"method": "sink_windw", "window": 8},
+        {"window": 8, "budget": 16}, {"window": 8, "sinks": -1}, {"method": "pages", "budget": 32},
+        {"method": "double_sparsity", "budget": 12},
+        {"method": "double_sparsity", "budget": 64, "channels": ((0, 0),)}, {"method": "sink_windw", "window": 8},
         {"window": 8, "tau": 0.9}, {"window": 8, "heads": (0,)}, {"window": 8, "select": len},
         {"window": 8, "layers": ()},
     ],

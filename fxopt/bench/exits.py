@@ -1,0 +1,221 @@
+"""``fxopt bench depth --technique early_exit``: what an exit costs when it is not taken, and saves when it is.
+
+A decode step of the shipped model and of a Llama of width 768, both of 12 layers. The first peer of each case is the
+model compiled without the technique. ``never`` exits have a threshold below 1 that nothing reaches; the bound of an
+exit that is always taken is the model whose layers were deleted, plus the cache rows that the policy still writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.bench.harness import Peer, Result, Row, check_equal, environment, measure, progress_bar
+from fxopt.bench.models import llama
+from fxopt.compiler import compile as fxopt_compile
+from fxopt.meaning import reference, shared_copy
+from fxopt.passes import confidence as measures
+from fxopt.passes.early_exit import EarlyExit
+from fxopt.passes.exit_counters import counters, total
+from fxopt.reporting import owner_of
+
+NEVER = math.nextafter(1.0, 0.0)
+"""The largest threshold that is not folded away."""
+GOALS = {"never, state": 1.03, "never, max": 1.03, "always, propagate": 1.05, "always, none": 1.05}
+
+
+class Propagation(nn.Module):
+    """The rows that ``kv="propagate"`` writes for layers from `start` on: norm, projections, rotary, cache write."""
+
+    def __init__(self, model: Any, start: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(model.model.layers[start:])
+        self.rotary = model.model.rotary_emb
+        self.start = start
+
+    def forward(self, hidden: Tensor, position: Tensor, cache: Any) -> Tensor:
+        """hidden: [B, 1, W], position: [B, 1]"""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        cos, sin = self.rotary(hidden, position)
+        for number, layer in enumerate(self.layers, start=self.start):
+            normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+            shape = (*hidden.shape[:2], -1, layer.self_attn.head_dim)  # type: ignore[union-attr]
+            key = layer.self_attn.k_proj(normed).view(shape).transpose(1, 2)  # type: ignore[union-attr, operator]
+            value = layer.self_attn.v_proj(normed).view(shape).transpose(1, 2)  # type: ignore[union-attr, operator]
+            _, key = apply_rotary_pos_emb(key, key, cos, sin)
+            cache.layers[number].keys.index_copy_(2, position[0], key)
+            cache.layers[number].values.index_copy_(2, position[0], value)
+            cache.layers[number].cumulative_length.add_(1)
+        return hidden
+
+
+class Segment(nn.Module):
+    """Layers `start` to `stop` as a graph of their own: what an exit is when Python, not ``torch.cond``, decides."""
+
+    def __init__(self, model: Any, start: int, stop: int) -> None:
+        super().__init__()
+        self.embed = model.model.embed_tokens if start == 0 else None
+        self.head = nn.Sequential(model.model.norm, model.lm_head) if stop == len(model.model.layers) else None
+        self.layers = nn.ModuleList(model.model.layers[start:stop])
+        self.rotary = model.model.rotary_emb
+
+    def forward(self, hidden: Tensor, position: Tensor, mask: Tensor, cache: Any) -> Any:
+        """hidden: token ids [B, 1] or states [B, 1, W], position: [B, 1], mask: bool [B, 1, 1, S]"""
+        if self.embed is not None:
+            hidden = self.embed(hidden)
+        tables = self.rotary(hidden, position)
+        before = hidden
+        for layer in self.layers:
+            before = hidden
+            hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=tables)
+        if self.head is not None:
+            return self.head(hidden)
+        return hidden, measures.saturation(hidden[:, -1], before[:, -1])
+
+
+class HeadCheck(nn.Module):
+    """What one exit with ``confidence="max"`` reads when it is not taken: the final norm, the head, one softmax."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm, self.head = model.model.norm, model.lm_head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [B, 1, W] to [B]"""
+        return measures.largest(self.head(self.norm(hidden))[:, -1])
+
+
+def run(
+    *, device: str = "cpu", quick: bool = False, models: Sequence[str] = ("tinylm", "llama"),
+    batches: Sequence[int] = (1, 8), rounds: int = 200,
+) -> Result:  # fmt: skip
+    """Never and always at the middle exit, batch 1 and 8, beside the plain and the truncated model."""
+    if quick:
+        models, batches, rounds = ("small",), (1,), 5
+    command = f"fxopt bench depth --technique early_exit{' --quick' if quick else ''} --device {device}"
+    result = Result("exits", command, environment(device))
+    steps = len(models) * len(batches)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=128), progress_bar("exits", steps) as step:
+        for name in models:
+            model = _build(name).to(device)
+            for batch in batches:
+                result.rows += _case(name, model, batch, device, rounds, result.remarks)
+                step()
+    return result
+
+
+def _build(name: str) -> Any:
+    if name == "tinylm":
+        from fxopt import tinylm
+
+        return tinylm.load()[0]
+    return llama(4, 64, heads=4, kv_heads=2, vocab_size=512) if name == "small" else llama(12, 768)
+
+
+def _case(name: str, model: Any, batch: int, device: str, rounds: int, remarks: list[str]) -> list[Row]:
+    layers, vocabulary = model.config.num_hidden_layers, model.config.vocab_size
+    middle, prompt = layers // 2, 64
+    never = {kind: EarlyExit(layers=(middle,), confidence=kind, threshold=NEVER) for kind in ("state", "max")}
+    always = {kv: EarlyExit(layers=(middle,), confidence="max", threshold=0.0, kv=kv) for kv in ("propagate", "none")}
+    built: dict[str, Any] = {
+        "plain": fxopt_compile(shared_copy(model)),
+        **{f"never, {kind}": fxopt_compile(shared_copy(model), never[kind], strict=True) for kind in never},
+        "truncated": fxopt_compile(reference(model, always["none"])),
+        **{f"always, {kv}": fxopt_compile(shared_copy(model), always[kv], strict=True) for kv in always},
+    }
+    ids = torch.randint(3, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    peers = [Peer(peer, *(_decode(built[peer], ids),) * 2) for peer in built]
+    segments = Peer("never, segments", *(_segments(model, middle, ids),) * 2)
+    check_equal([*peers[:3], segments], tolerance=1e-4)
+    check_equal(peers[3:], tolerance=1e-4)
+    peers.append(segments)
+    for part, call in _parts(model, middle, ids).items():
+        peers.append(Peer(part, call))
+    rows = measure(f"{name}, batch {batch}", peers, rounds=rounds, device=device)
+    for peer, depth in {"never, state": layers, "never, max": layers, "always, propagate": middle}.items():
+        ran = {n for n, count in total(counters(owner_of(built[peer]))).items() if count}
+        assert ran == {depth}, f"{peer} ran {ran} layers of {layers}"
+    _judge(name, batch, rows, remarks)
+    return rows
+
+
+def _judge(name: str, batch: int, rows: list[Row], remarks: list[str]) -> None:
+    """Set each goal's bound, and say what became of it: by first quartiles, because other load only adds time."""
+    seconds = {row.peer: row.low for row in rows}
+    bounds = {
+        "never, state": seconds["plain"],
+        "never, max": seconds["plain"] + seconds["one check"],
+        "always, propagate": seconds["truncated"] + seconds["propagation"],
+        "always, none": seconds["truncated"],
+    }
+    for row in rows:
+        if row.peer in bounds:
+            row.bound = bounds[row.peer]
+            remarks.append(
+                f"{name}, batch {batch}: {row.peer} {row.low / row.bound:.3f} of its bound; "
+                f"goal at most {GOALS[row.peer]}"
+            )
+
+
+def _decode(model: Any, ids: Tensor) -> Callable[[], Tensor]:
+    """One token on a static cache of which the prompt fills a part, rewound after each step."""
+    from transformers import StaticCache
+
+    prompt = ids.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=prompt * 2)
+    with torch.compiler.set_stance("force_eager"):
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    token = ids[:, -1:]
+
+    def call() -> Tensor:
+        logits = model(input_ids=token, past_key_values=cache).logits
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(prompt)  # type: ignore[union-attr]
+        return logits
+
+    return call
+
+
+def _segments(model: Any, middle: int, ids: Tensor) -> Callable[[], Tensor]:
+    """A decode step in two graphs with a host read between them."""
+    from transformers import StaticCache
+
+    prompt = ids.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=prompt * 2)
+    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    first, second = (
+        fxopt_compile(Segment(model, *reach)) for reach in ((0, middle), (middle, model.config.num_hidden_layers))
+    )
+    position = torch.full((len(ids), 1), prompt, device=ids.device)
+    mask = (torch.arange(prompt * 2, device=ids.device) <= prompt).expand(len(ids), 1, 1, -1)
+    token = ids[:, -1:]
+
+    def call() -> Tensor:
+        hidden, sure = first(token, position, mask, cache)
+        if bool((sure > NEVER).all()):
+            raise AssertionError("the exit that is never taken was taken")
+        logits = second(hidden, position, mask, cache)
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(prompt)  # type: ignore[union-attr]
+        return logits
+
+    return call
+
+
+def _parts(model: Any, start: int, ids: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The policy and the check, measured on their own."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] * 2)
+    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    hidden = torch.randn(len(ids), 1, model.config.hidden_size, device=ids.device)
+    position = torch.full((len(ids), 1), ids.shape[1], device=ids.device)
+    propagation, check = Propagation(model, start), HeadCheck(model)
+    propagation.compile(backend="inductor")
+    check.compile(backend="inductor")
+    return {"propagation": lambda: propagation(hidden, position, cache), "one check": lambda: check(hidden)}

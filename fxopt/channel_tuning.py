@@ -1,0 +1,96 @@
+"""Calibration of :class:`fxopt.SparseAttention` ``method="double_sparsity"``: streaming sums by KV head and channel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxopt.passes.attention import AttentionSite
+from fxopt.passes.modules import module_stacks
+from fxopt.passes.sparse_attention import SparseAttention, calibration
+from fxopt.passes.technique import SettingError, Technique
+from fxopt.recipe import Recipe, fingerprint
+
+PREFIX = "sparse_attention.importance."
+
+
+class ChannelStatistics:
+    """Sums of ``|q_c k_c|`` for each attention of a model, over every window that :meth:`look` sees."""
+
+    def __init__(self, technique: SparseAttention) -> None:
+        if technique.method != "double_sparsity":
+            raise SettingError(f"{technique} has nothing to calibrate; only method='double_sparsity' does.")
+        self.technique = technique
+        self.sums: dict[str, Tensor] = {}
+
+    def look(self, path: str, site: AttentionSite, values: Mapping[fx.Node, Any]) -> None:
+        """Add one attention's queries and keys, as it reads them; cross-attention, of other lengths, is left out."""
+        query, key = values[site.query], values[site.key]
+        if query.shape[2] == key.shape[2]:
+            found = calibration.product_sums(query, key).cpu()
+            self.sums[path] = self.sums[path] + found if path in self.sums else found
+
+    def resume(self, recipe: Recipe) -> None:
+        """Go on from a recipe that was written before."""
+        self.sums = {name.removeprefix(PREFIX): t for name, t in recipe.data.items() if name.startswith(PREFIX)}
+
+    def recipe(self, model: nn.Module, windows: int) -> Recipe:
+        """Settings with channels for every attention but those of the first layers, which stay dense."""
+        paths: dict[str, Technique] = {}
+        wanted = self.technique.channels
+        dense = set(dense_paths(model, self.technique))
+        for path, sums in self.sums.items():
+            if not any(path == d or path.startswith(f"{d}.") for d in dense):
+                count = wanted if isinstance(wanted, int) else max(2, sums.shape[1] // 32 * 2)
+                paths[path] = replace(self.technique, layers=None, channels=calibration.heaviest(sums, count))
+        data = {PREFIX + path: sums for path, sums in self.sums.items()}
+        return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": windows})
+
+
+def dense_paths(model: nn.Module, technique: SparseAttention) -> list[str]:
+    """Paths of the layers that a recipe leaves dense: the first two, or all that ``layers=`` does not name."""
+    found = []
+    for stack in module_stacks(model):
+        count = len(stack)
+        chosen = range(calibration.DENSE_LAYERS, count) if technique.layers is None else technique.chosen(count)
+        names = {id(module): name for name, module in model.named_modules()}
+        found += [names[id(stack.layers[i])] for i in range(count) if i not in set(chosen)]
+    return found
+
+
+def from_lists(
+    model: nn.Module, path: str | os.PathLike[str], technique: SparseAttention, *, kind: str = "k"
+) -> Recipe:
+    """A recipe from channel lists in the JSON format of the authors of Double Sparsity (arXiv 2408.07092).
+
+    ``kind``: ``"k"`` or ``"q"`` (with grouped queries only ``"k"`` has one list for each KV head); ``"qk"`` is refused,
+    see :func:`fxopt.passes.sparse_attention.calibration.read_lists`. Raises SettingError for a missing or foreign file
+    and for lists of another model or head layout.
+    """
+    lists = calibration.read_lists(path, kind)
+    config: Any = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    stacks = module_stacks(model)
+    layers = next((s for s in stacks if len(s) == len(lists)), None)
+    found = (len(lists), len(next(iter(lists.values()))), len(next(iter(lists.values()))[0]))
+    if layers is None or found[1:] != (heads, width):
+        have = ", ".join(str(len(s)) for s in stacks)
+        raise SettingError(
+            f"{os.fspath(path)!r} has {kind} lists for {found[0]} layers of {found[1]} heads with {found[2]} channels; "
+            f"this {type(model).__name__} has {have} layers of {heads} KV heads with {width}. Calibrate it with "
+            "fxopt.tune."
+        )
+    count = technique.channels if isinstance(technique.channels, int) else max(2, width // 32 * 2)
+    names = {id(module): name for name, module in model.named_modules()}
+    paths: dict[str, Technique] = {}
+    for layer in range(calibration.DENSE_LAYERS, len(layers)):
+        chosen = tuple(calibration.first_channels(order, count) for order in lists[layer])
+        paths[f"{names[id(layers.layers[layer])]}.self_attn"] = replace(technique, layers=None, channels=chosen)
+    overlap = sum(calibration.head_overlap(heads, count) for heads in lists.values()) / len(lists)
+    notes = {"source": os.path.basename(os.fspath(path)), "kind": kind, "mean overlap of heads": round(overlap, 3)}
+    return Recipe(paths=paths, fingerprint=fingerprint(model), notes=notes)

@@ -1,0 +1,80 @@
+"""``method="double_sparsity"``: tokens by approximate scores on few channels (Yang et al., arXiv 2408.07092).
+
+Beside the cache: the r channels of every key that carry most of the scores (the label cache), chosen for each KV head
+by calibration (:mod:`.calibration`), after rotary embedding, both channels of a rotated pair together. A step scores
+all positions on those channels, takes the best, one list a KV head, and attends to them exactly.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxopt.passes.attention import AttentionSite
+from fxopt.passes.context import PassContext
+from fxopt.passes.nodes import value_of
+from fxopt.passes.sparse_attention import selection
+from fxopt.passes.state import add_state
+from fxopt.passes.technique import SettingError
+
+if TYPE_CHECKING:
+    from fxopt.passes.sparse_attention import SparseAttention
+
+NEWEST = 8
+"""Newest tokens that are always read: labels say little about a key's neighbourhood, which nearly always matters."""
+MIN_LENGTH = 2048
+"""Filled positions from which choosing is faster than reading everything; see docs/decisions.md."""
+
+
+def check(setting: SparseAttention) -> None:
+    """A budget that pays for more than what is always read, and channels that can be meant."""
+    selection.check(setting, 1, NEWEST)
+    channels = setting.channels
+    if channels is None or (isinstance(channels, int) and not isinstance(channels, bool) and channels >= 2):
+        return
+    if not isinstance(channels, tuple) or not channels:
+        raise SettingError(
+            f"SparseAttention(channels={channels!r}): how many channels to calibrate (2 or more), or one tuple of "
+            "channels for each KV head, as fxopt.tune writes them into a recipe."
+        )
+    for head, listed in enumerate(channels):
+        proper = isinstance(listed, tuple) and listed and all(isinstance(c, int) and c >= 0 for c in listed)
+        if not proper or len(set(listed)) != len(listed) or len(listed) != len(channels[0]):
+            raise SettingError(
+                f"SparseAttention(channels=...): KV head {head} has {listed!r}; every head takes the same number of "
+                "different channels, each from 0 on."
+            )
+
+
+def channels_for(setting: SparseAttention, kv_heads: int, width: int) -> tuple[tuple[int, ...], ...]:
+    """The lists for an attention with that many KV heads of that width; raises SettingError where they do not fit."""
+    channels = setting.channels
+    if not isinstance(channels, tuple):
+        raise SettingError(
+            "SparseAttention(method='double_sparsity') needs calibrated channels: hand fxopt.compile the recipe that "
+            "fxopt.tune(model, text, technique) returns."
+        )
+    largest = max(c for listed in channels for c in listed)
+    if len(channels) != kv_heads or largest >= width:
+        raise SettingError(
+            f"the channels were calibrated for {len(channels)} KV heads and reach channel {largest}; this attention "
+            f"has {kv_heads} KV heads of {width} channels. Calibrate for this model with fxopt.tune."
+        )
+    return channels
+
+
+def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext, shared: dict[Any, Any]) -> None:
+    """Put selection by labels in the place of one attention."""
+    made = selection.plan(site, setting, context, shared, block=1, newest=NEWEST)
+    if made is None:
+        return
+    batch, heads, length, width = value_of(made.cache).shape
+    lists = channels_for(setting, heads, width)
+    shape = (batch, heads, len(lists[0]), length)
+    state = add_state(context.rewriter, made.cache, ("channels", lists), {"features": shape}, like=site.output)
+    channels = made.call(torch.tensor, [list(listed) for listed in lists], device=site.device)
+    ops, options = torch.ops.fxopt, {"extent": made.extent, "channels": channels, "least": made.least}
+    made.call(ops.update_features.default, state["features"], state["filled"], site.key, **options)
+    scores = made.call(ops.feature_scores.default, site.query, state["features"], **options)
+    made.attend(scores, f"by {len(lists[0])} channels, {setting.sinks} sinks and the {NEWEST} newest")

@@ -1,0 +1,71 @@
+"""``select=function``: tokens by a score of one's own, ``(q, keys, state) -> scores or indices``, traced into a graph.
+
+``q: [B, Hkv, G, D]`` (the query heads of each KV head), ``keys: [B, Hkv, S, D]``, ``state: [B, Hkv, D, S]``: the keys
+once more, channel by channel, so that a function that needs few channels reads few bytes. The state is kept beside the
+cache, for functions that use it. The result is scores ``[B, Hkv, S]``, or indices ``[B, Hkv, n]`` (int64) in no order.
+Sinks, newest tokens, padding and the budget are seen to here, as for the other methods.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxopt.passes.attention import AttentionSite
+from fxopt.passes.confidence import inline, traced
+from fxopt.passes.context import PassContext
+from fxopt.passes.nodes import value_of
+from fxopt.passes.sparse_attention import selection
+from fxopt.passes.state import add_state
+from fxopt.passes.technique import PassError, SettingError
+
+if TYPE_CHECKING:
+    from fxopt.passes.sparse_attention import SparseAttention
+
+NEWEST = 8
+MIN_LENGTH = 2048
+
+
+def check(setting: SparseAttention) -> None:
+    """A function of three arguments, and a budget."""
+    try:
+        inspect.signature(setting.select).bind(None, None, None)
+    except (TypeError, ValueError) as error:
+        raise SettingError(
+            f"SparseAttention(select={setting.select!r}): a function (q, keys, state) -> scores [B, Hkv, S] or indices."
+        ) from error
+    selection.check(setting, 1, NEWEST)
+
+
+def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext, shared: dict[Any, Any]) -> None:
+    """Put selection by the function in the place of one attention."""
+    made = selection.plan(site, setting, context, shared, block=1, newest=NEWEST)
+    if made is None:
+        return
+    batch, heads, length, width = value_of(made.cache).shape
+    query = context.rewriter.method("reshape", (site.query, batch, heads, site.group, width), like=site.output)
+    keys_used = list(traced(setting.select, (query, site.key, site.key)).find_nodes(op="placeholder")[2].users)
+    rows: fx.Node = site.key
+    if keys_used:
+        shape = (batch, heads, width, length)
+        state = add_state(context.rewriter, made.cache, "keys by channel", {"features": shape}, like=site.output)
+        rows = state["features"]
+        made.call(
+            torch.ops.fxopt.update_features.default, rows, state["filled"], site.key,
+            extent=made.extent, least=made.least,
+        )  # fmt: skip
+    scores = inline(setting.select, (query, site.key, rows), context.rewriter, before=site.output, like=site.output)
+    value = value_of(scores)
+    if not isinstance(value, torch.Tensor) or value.ndim != 3 or tuple(value.shape[:2]) != (batch, heads):
+        raise PassError(f"select= gives {value!r}; allowed are scores [{batch}, {heads}, {length}] or indices")
+    if not value.dtype.is_floating_point:
+        low = made.call(torch.full, (batch, heads, length), -1.0, device=site.device)
+        scores = context.rewriter.method("scatter", (low, 2, scores, 1.0), like=site.output)
+    elif value.shape[2] != length:
+        raise PassError(f"select= gives {value.shape[2]} scores for {length} positions")
+    scores = context.rewriter.method("float", (scores,), like=site.output)
+    name = getattr(setting.select, "__name__", "select")
+    made.attend(scores, f"by {name}, {setting.sinks} sinks and the {NEWEST} newest")
