@@ -8,11 +8,7 @@ import pathlib
 import pytest
 import torch
 
-<<<<<<< HEAD
-from fxopt.bench import load_suite
-=======
-from fxopt.bench import kept
->>>>>>> main
+from fxopt.bench import kept, load_suite
 from fxopt.bench.harness import Peer, Result, check_equal, environment, measure, quartiles
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -60,7 +56,6 @@ def test_result_files(tmp_path):
     assert (tmp_path / "r.png").stat().st_size > 1000
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
 def test_recorder_quick():
     result = load_suite("recorder")(quick=True)
@@ -69,7 +64,8 @@ def test_recorder_quick():
     assert "byte-identical" in result.remarks[0]
     with pytest.raises(ValueError, match="--device cpu"):
         load_suite("recorder")(device="cuda")
-=======
+
+
 def test_kept_results_fill_a_document(tmp_path):
     rows = measure("prefill 8", [Peer("a", lambda: None), Peer("b", lambda: None)], rounds=2)
     result = Result("depth", "fxopt bench depth", environment("cpu") | {"date": "2026-01-02"}, rows, ["a remark"])
@@ -88,4 +84,3 @@ def test_kept_results_fill_a_document(tmp_path):
 def test_documents_show_the_kept_results(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert kept.filled(text) == text, f"run: python -m fxopt.bench.kept {name}"
->>>>>>> main
