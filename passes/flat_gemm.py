@@ -85,11 +85,11 @@ class FlatGemm(Technique):
         # Before anything that costs compile time: on a CPU this is where it ends.
         if not any(_on_kernel_device(node) for node in linears):
             message = "generated kernels need CUDA or ROCm; Inductor compiles these linears"
-            context.blocked("FX207", linears[0], message, count=len(linears))
+            context.blocked("FX207", "", message, count=len(linears))
             return
         if context.training:
             message = "gradients are recorded; the kernels have none"
-            context.blocked("FX205", linears[0], message, count=len(linears))
+            context.blocked("FX205", "", message, count=len(linears))
             return
         chosen = []
         for group in plan_groups(graph, context, self.max_m):

@@ -115,13 +115,16 @@ def stamp(node: fx.Node, sources: Iterable[fx.Node], pass_name: str, number: int
 
 
 def first_place(graph: fx.Graph, covers: Callable[[fx.Node], bool] | None = None) -> tuple[str, str]:
-    """(module path, source line) of the first call that has both: where a remark about a whole graph points to."""
+    """(module path, source line) of the first call that has both: where a remark about a whole graph points to.
+
+    Of a call in a numbered layer the path is that of the container: the remark does not set its first layer apart.
+    """
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr", "output") or (covers is not None and not covers(node)):
             continue
         path, line = module_path(node), source_line(node)
         if path and line:
-            return path, line
+            return re.split(r"\.\d+(?:\.|$)", path)[0], line
     return "", ""
 
 

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 
-from fxopt.bench import kept
+from fxopt.bench import kept, load_suite
 from fxopt.bench.harness import Peer, Result, check_equal, environment, measure, quartiles
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -54,6 +54,16 @@ def test_result_files(tmp_path):
     pytest.importorskip("matplotlib")
     result.plot(tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_recorder_quick():
+    result = load_suite("recorder")(quick=True)
+    recorder = next(row for row in result.rows if row.peer == "recorder")
+    assert recorder.ratio is not None and 0 < recorder.ratio < 0.1  # the goal of 0.02 is for an idle machine
+    assert "byte-identical" in result.remarks[0]
+    with pytest.raises(ValueError, match="--device cpu"):
+        load_suite("recorder")(device="cuda")
 
 
 def test_kept_results_fill_a_document(tmp_path):
