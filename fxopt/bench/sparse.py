@@ -38,7 +38,7 @@ def parts_read(name: str) -> float:
 
 def run(*, device: str = "cpu", quick: bool = False) -> Result:
     """Caches of 4096 to 32768 positions, all filled; the first peer, to which ratios refer, is the exact rewrite."""
-    lengths, rounds = ((2048,), 5) if quick else ((2048, 4096, 8192, 32768), 40)
+    lengths, rounds = ((8192,), 5) if quick else ((4096, 8192, 32768), 40)
     command = f"fxopt bench sparse{' --quick' if quick else ''} --device {device}"
     result = Result("sparse", command, environment(device))
     bandwidth = read_bandwidth(device, 1 << (22 if quick else 26))

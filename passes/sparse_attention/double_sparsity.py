@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NEWEST = 8
 """Newest tokens that are always read: labels say little about a key's neighbourhood, which nearly always matters."""
-MIN_LENGTH = 2048
+MIN_LENGTH = 4096
 """Filled positions from which choosing is faster than reading everything; see docs/decisions.md."""
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fxopt.passes.sparse_attention import SparseAttention
 
 NEWEST = 8
-MIN_LENGTH = 2048
+MIN_LENGTH = 4096
 
 
 def check(setting: SparseAttention) -> None:

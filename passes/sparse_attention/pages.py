@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PAGE = 16
 """Positions of a page, as in the paper: bounds are an eighth of the keys, and rows of 16 x D are read whole."""
 NEWEST = 1
-MIN_LENGTH = 2048
+MIN_LENGTH = 4096
 """Filled positions from which choosing is faster than reading everything; see docs/decisions.md."""
 
 
