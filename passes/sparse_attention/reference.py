@@ -109,7 +109,9 @@ def kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, 
     bare = _bare(key, query.shape[1])
     chosen = _page_kept if setting.method == "pages" else _channel_kept
     chosen = chosen if setting.select is None else _own_kept
-    keep = chosen(setting, query.unflatten(1, (bare.shape[1], -1))[:, :, :, 0], bare, visible, extent)
+    # With one new token, rows of the query are query heads too: transformers packs a group that way in eager.
+    grouped = query.unflatten(1, (bare.shape[1], -1)).flatten(2, 3)
+    keep = chosen(setting, grouped, bare, visible, extent)
     return keep.repeat_interleave(query.shape[1] // bare.shape[1], 1)
 
 
