@@ -10,10 +10,11 @@ from torch import fx
 from fxopt.codegen import compat, roofline
 from fxopt.codegen.dataflow import Dataflow
 from fxopt.codegen.kernels import Unsupported
+from fxopt.codegen.kernels.gemm import MAX_ROWS
 from fxopt.codegen.kernels.gemm_launch import build, compile_for
 from fxopt.passes.context import PassContext
 from fxopt.passes.flat_gemm import origin
-from fxopt.passes.linear_groups import MAX_ROWS, plan_groups
+from fxopt.passes.linear_groups import plan_groups
 from fxopt.passes.provenance import module_path, origin_ids
 from fxopt.passes.record import GraphRecord, KernelRecord, Remark
 
@@ -57,10 +58,11 @@ def cross_compiled(graph: fx.Graph, record: GraphRecord, device: roofline.Device
 
 
 def _compiled(fused: Any, config: Any, target: str, where: str) -> KernelRecord | None:
+    refused: tuple[type[Exception], ...] = (Unsupported, *compat.compile_errors())
     try:
         built = build(fused, config, where)
         compiled = compile_for(fused, config, target)
-    except (Unsupported, *compat.compile_errors()):
+    except refused:
         return None
     resources: dict[str, Any] = {"target": target}
     for name, info in compiled.items():

@@ -61,7 +61,7 @@ def counted(report: Report) -> list[Picture]:
     for counter in counters():
         histogram = counter.histogram
         graph = numbers.get(counter.graph)
-        if graph is not None and graph.owner == counter.owner and sum(histogram.values()):
+        if graph is not None and graph.owner == counter.owner and any(histogram.values()):
             found.append(
                 Picture(
                     "histogram", f"graph {graph.compile_id}: rows by the layers that ran", ["rows"],

@@ -31,9 +31,7 @@ class Program:
     def function(self) -> ast.FunctionDef:
         names = [ast.arg(arg=name) for name in ("self", *self.parameters)]
         arguments = ast.arguments(posonlyargs=[], args=names, kwonlyargs=[], kw_defaults=[], defaults=[])
-        function = ast.FunctionDef(
-            name="forward", args=arguments, body=list(self.statements), decorator_list=[], type_params=[]
-        )
+        function = ast.FunctionDef(name="forward", args=arguments, body=list(self.statements), decorator_list=[])
         return ast.fix_missing_locations(function)
 
     def only(self, kept: list[ast.stmt]) -> Program | None:

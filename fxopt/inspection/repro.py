@@ -134,10 +134,10 @@ def program(record: GraphRecord, stage: int) -> Program:
         )
     rows = record.rows(stage % count)
     function = _checked(code)
-    names = [a.arg for a in function.args.args if a.arg != "self"]
+    parameters = [a.arg for a in function.args.args if a.arg != "self"]
     given = [row for row in rows if row.op == "placeholder"]
-    values = {row.name: row for row in rows} | dict(zip(names, given, strict=False))
-    return Program(tuple(names), tuple(function.body), values)
+    values = {row.name: row for row in rows} | dict(zip(parameters, given, strict=False))
+    return Program(tuple(parameters), tuple(function.body), values)
 
 
 def file_of(part: Program, record: GraphRecord, stage: int, environment: dict[str, str], tolerance: float) -> str:
