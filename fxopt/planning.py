@@ -161,7 +161,7 @@ def default_inputs(model: nn.Module, device: torch.device | str = "cpu") -> dict
             f"plan cannot guess the inputs of {type(model).__name__}: give inputs={{...}}, the keyword arguments of "
             "one forward (meta tensors will do)."
         )
-    ids = torch.arange(32, device=device).remainder(text.vocab_size)[None]
+    ids = torch.arange(32, device=device).remainder(text.vocab_size)[None]  # type: ignore[union-attr]
     return {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})}
 
 
