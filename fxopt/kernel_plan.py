@@ -10,7 +10,6 @@ from torch import fx
 from fxopt.codegen import compat, roofline
 from fxopt.codegen.dataflow import Dataflow
 from fxopt.codegen.kernels import Unsupported
-from fxopt.codegen.kernels.gemm import MAX_ROWS
 from fxopt.codegen.kernels.gemm_launch import build, compile_for
 from fxopt.passes.context import PassContext
 from fxopt.passes.flat_gemm import origin
