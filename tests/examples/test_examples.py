@@ -62,3 +62,15 @@ def test_the_figures_of_train_mod_were_made_at_equal_flops():
     for run in runs:
         assert abs(run["steps"] * flops[run["kind"]] / (figures["recipe"]["steps"] * flops["dense"]) - 1) < 0.01
     assert figures["routed_over_dense"] < 1.02
+
+
+def test_sparq(capsys):
+    source = (EXAMPLES / "sparq.py").read_text()
+    assert source.count("\n") <= 60
+    variables = runpy.run_path(str(EXAMPLES / "sparq.py"))
+    assert "SparQ" in capsys.readouterr().out
+    q, keys = torch.randn(1, 2, 4, 32), torch.randn(1, 2, 40, 32)
+    scores = variables["sparq"](q, keys, keys.transpose(2, 3))
+    largest = q.abs().sum(2).topk(16, -1)[1]
+    kept = torch.zeros(1, 2, 32).scatter(2, largest, 1.0)[:, :, None]
+    torch.testing.assert_close(scores, torch.matmul(q * kept, keys.mT).amax(2))
