@@ -145,8 +145,8 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, remarks: 
 
 
 def _judge(name: str, batch: int, rows: list[Row], remarks: list[str]) -> None:
-    """Set each goal's bound, and say what became of it: by first quartiles, because other load only adds time."""
-    seconds = {row.peer: row.low for row in rows}
+    """Set each goal's bound, and say what became of it, by medians."""
+    seconds = {row.peer: row.median for row in rows}
     bounds = {
         "never, state": seconds["plain"],
         "never, max": seconds["plain"] + seconds["one check"],
@@ -157,7 +157,7 @@ def _judge(name: str, batch: int, rows: list[Row], remarks: list[str]) -> None:
         if row.peer in bounds:
             row.bound = bounds[row.peer]
             remarks.append(
-                f"{name}, batch {batch}: {row.peer} {row.low / row.bound:.3f} of its bound; "
+                f"{name}, batch {batch}: {row.peer} {row.median / row.bound:.3f} of its bound; "
                 f"goal at most {GOALS[row.peer]}"
             )
 
