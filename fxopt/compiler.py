@@ -50,7 +50,8 @@ def compile(
     """
     settings, whole = settle(model, techniques, mode=mode, disable=disable, strict=strict)
     for technique in whole.values():
-        if technique.name not in Decorated.techniques(model):  # a decoration is nearer, and prepared the model itself
+        # A decoration is nearer, and prepared the model itself.
+        if type(technique).prepare is not Technique.prepare and technique.name not in Decorated.techniques(model):
             technique.prepare(model)
             technique.check(model)
     model.compile(backend=_backend(model, settings), dynamic=dynamic)

@@ -66,9 +66,15 @@ def test_generates_what_the_reference_generates(name, cache):
             exits = {d for rows in reference.exit_state.depths for d in rows}
             assert exits & {1, 2}, "the setting is meant to exit somewhere"
             prompts = 0 if technique.phase == "all" else 1
-            assert len(captured.remarks("applied")) == len(technique.layers) * (graphs - prompts)
+            compiled = len(captured.entries)
+            assert len(captured.remarks("applied")) == len(technique.layers) * (compiled - prompts)
             assert [r.code for r in captured.remarks("blocked")] == ["FX503"] * prompts
-            assert len(captured.entries) == graphs, "recompiles do not grow with the depth of the exits"
+            # Rows that a branch returned lie in memory otherwise than those that a growing window cut: Dynamo, which
+            # guards strides, compiles two more graphs, once.
+            assert compiled == graphs or (compiled == graphs + 2 and cache == "growing" and name in WINDOWS)
+            harness.generate(captured.model, IDS, kind)
+            assert len(captured.entries) == compiled, "recompiles do not grow with the depth of the exits"
+            graphs = compiled
 
 
 def test_position_of_windows_alone_is_unknown():
