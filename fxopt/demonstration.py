@@ -36,7 +36,7 @@ def run(model_name: str | None = None, *, shown: int = 48, page: str = "fxopt-re
     print(f"{model_name or 'tinylm (ships with fxopt)'}: {size:.1f} million parameters, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")  # fmt: skip
     compiled = fxopt_compile(shared_copy(model))
-    prompt = torch.tensor([tokenizer.encode(text)[: CONTEXT // 2]])
+    prompt = torch.tensor([tokenizer.encode(text[: 8 * CONTEXT])[: CONTEXT // 2]])
     # Dynamo counts the graphs of all copies of a model together.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
         expected, found = (_generate(way, prompt) for way in (model, compiled))
