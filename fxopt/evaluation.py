@@ -236,7 +236,7 @@ def evaluate(
         raise ValueError(f"score={score!r}; allowed are 'auto', 'prompt' and 'decode'")
     text = read_data(data)
     if isinstance(text, str) and tokenizer is None:
-        tokenizer = _find_tokenizer(model)
+        tokenizer = find_tokenizer(model)
     named: dict[str, tuple[Any, ...]] = {}
     for name, techniques in map(_named, candidates):
         named[name if name not in named else f"{name} #{len(named) + 1}"] = techniques
@@ -349,7 +349,8 @@ def _choose(cut: list[scoring.Window], limit: int, prompt: int) -> list[scoring.
     return [cut[i * len(cut) // count] for i in range(count)]
 
 
-def _find_tokenizer(model: Any) -> Any:
+def find_tokenizer(model: Any) -> Any:
+    """The tokenizer of a model that knows its name or path; raises ValueError for one that does not."""
     from transformers import AutoTokenizer
 
     name = getattr(model.config, "name_or_path", "")

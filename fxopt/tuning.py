@@ -63,7 +63,7 @@ def tune(
         SettingError: for a goal that is not known, or a technique that has nothing to calibrate.
         TypeError, ValueError, FileNotFoundError: for a model that is no causal LM, or a text that cannot be read.
     """
-    from fxopt.evaluation import _find_tokenizer, read_data
+    from fxopt.evaluation import find_tokenizer, read_data
 
     asked = techniques or (AsyncSoftmax(),)
     exits = asked[0] if len(asked) == 1 and isinstance(asked[0], EarlyExit) else None
@@ -81,7 +81,7 @@ def tune(
     scoring.require_causal(model)
     text = read_data(data)  # type: ignore[arg-type]
     if isinstance(text, str) and tokenizer is None:
-        tokenizer = _find_tokenizer(model)
+        tokenizer = find_tokenizer(model)
     windows = scoring.windows(tokenizer, text, context, whole=True)[: max(1, limit // context)]
     if exits is not None and agreement is not None:
         return exit_tuning.solve(model, windows, exits, agreement, show=show)

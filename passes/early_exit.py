@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from fxopt.codegen import compat
 from fxopt.passes import confidence as measures
 from fxopt.passes import depth, kv_policy
 from fxopt.passes.context import PassContext
@@ -25,7 +26,6 @@ from fxopt.passes.exit_counters import DepthCounter
 from fxopt.passes.exit_reference import with_exits
 from fxopt.passes.exit_region import (
     RegionError,
-    branches_may_write,
     defer_writes,
     exit_nodes,
     find_region,
@@ -282,7 +282,7 @@ class EarlyExit(Technique):
         )
         # Exits nest, and a cond inside a branch may not write in any version of torch: it is functionalised without the
         # mode that knows of writes ("cond_true might be modifying the input!").
-        written = trial.effects and (len(self.layers) > 1 or not branches_may_write())
+        written = trial.effects and (len(self.layers) > 1 or not compat.cond_may_write())
         late = defer_writes(graph, layers[self.layers[0] :], rewriter) if written else []
         checker = Checker(self, stack, head, rewriter)
         stream = [layers[0].input, *(layer.output for layer in layers)]

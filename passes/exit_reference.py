@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.passes import confidence as measures
-from fxopt.passes.modules import ModuleStack
+from fxopt.passes.modules import ModuleStack, WrappedLayer
 from fxopt.passes.technique import SettingError
 
 if TYPE_CHECKING:
@@ -151,21 +151,12 @@ class ExitState:
         return schedule(torch.tensor(float(self.position), device=hidden.device))
 
 
-class LayerWithExit(nn.Module):
+class LayerWithExit(WrappedLayer):
     """A layer that passes rows that have exited through unchanged, after letting them fill the cache."""
 
     def __init__(self, layer: nn.Module, index: int, state: ExitState) -> None:
-        super().__init__()
-        self.layer = layer
-        self.index = index
+        super().__init__(layer, index)
         object.__setattr__(self, "state", state)
-
-    def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their layers (attention_type, layer_idx).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from fxopt.codegen import compat
 from fxopt.passes import depth, provenance
 from fxopt.passes.layers import Layer
 from fxopt.passes.rewriter import Rewriter, is_view, writes_in_place
@@ -42,11 +41,6 @@ class RegionError(Exception):
     def __init__(self, code: str, node: fx.Node | str, message: str) -> None:
         super().__init__(message)
         self.code, self.node, self.message = code, node, message
-
-
-def branches_may_write() -> bool:
-    """Whether ``torch.cond`` accepts branches that write their operands in place."""
-    return compat.torch_version() >= (2, 12)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -48,6 +49,22 @@ def _holds_layers(container: nn.ModuleList) -> bool:
         sum(1 for m in layer.modules() if next(m.parameters(recurse=False), None) is not None) >= 3
         for layer in container
     )
+
+
+class WrappedLayer(nn.Module):
+    """Stands in the place of `layer` number `index` of a stack: what it does not have itself, the layer answers."""
+
+    def __init__(self, layer: nn.Module, index: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.index = index
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read attributes of their layers (attention_type, layer_idx).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
 
 
 def delete_layers(stack: ModuleStack, kept: Iterable[int]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.passes.modules import WrappedLayer
+
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -35,26 +37,17 @@ class _Cache:
         return getattr(self._cache, name)
 
 
-class SkipInDecode(nn.Module):
-    """`module` on prompts, chunks and several tokens; in a decode step ``shortcut`` of its input.
+class SkipInDecode(WrappedLayer):
+    """`layer`, or a part of one, on prompts, chunks and several tokens; in a decode step ``shortcut`` of its input.
 
     A decode step is one new token on a filled cache. The cache then advances by an all-zero row, and on a later
-    prompt the module attends only to rows that were written.
+    prompt it attends only to rows that were written.
     """
 
-    def __init__(self, module: nn.Module, index: int, *, zero: bool) -> None:
-        super().__init__()
-        self.module = module
-        self.index = index
+    def __init__(self, layer: nn.Module, index: int, *, zero: bool) -> None:
+        super().__init__(layer, index)
         self.zero = zero
         self._tuple_length = 0
-
-    def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their layers (attention_type, layer_idx).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -80,7 +73,7 @@ class SkipInDecode(nn.Module):
                 kwargs[name] = proxy
             else:
                 args = tuple(proxy if a is cache else a for a in args)
-        result = self.module(*args, **kwargs)
+        result = self.layer(*args, **kwargs)
         self._tuple_length = len(result) if isinstance(result, tuple) else 0
         return result
 

@@ -27,10 +27,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fxopt.codegen import compat
 from fxopt.passes import cache_rows, confidence, depth, provenance
 from fxopt.passes.context import PassContext
-from fxopt.passes.exit_region import RegionError, branches_may_write, exit_nodes, find_region, insert_cond, outline
+from fxopt.passes.exit_region import RegionError, exit_nodes, find_region, insert_cond, outline
 from fxopt.passes.layers import Layer, Stack
+from fxopt.passes.modules import WrappedLayer
 from fxopt.passes.rewriter import Rewriter
 from fxopt.passes.streams import op_name
 from fxopt.passes.technique import SettingError
@@ -140,22 +142,13 @@ class _Cache:
         return getattr(self._cache, name)
 
 
-class RoutedLayer(nn.Module):
+class RoutedLayer(WrappedLayer):
     """A layer that rows pass by when the prompt did not want it. ``decisions``: ``[B]`` bool of each forward pass."""
 
     def __init__(self, layer: nn.Module, index: int, router: Router) -> None:
-        super().__init__()
-        self.layer = layer
-        self.index = index
+        super().__init__(layer, index)
         object.__setattr__(self, "router", router)
         self.decisions: list[list[bool]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their layers (attention_type, layer_idx).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from fxopt.passes.skip_reference import _filled, _find_cache
@@ -194,7 +187,7 @@ def route_stack(stack: Stack, routers: Mapping[int, Router], context: PassContex
         if refusal is not None:
             context.blocked(refusal.code, refusal.node, refusal.message)
             return
-        if not branches_may_write() and any(map(_writes_a_cache, layer.nodes)):
+        if not compat.cond_may_write() and any(map(_writes_a_cache, layer.nodes)):
             context.blocked(
                 "FX208", layer.path, f"the layer updates its cache in place, and this version of torch "
                 f"({torch.__version__}) refuses writes in the branches of torch.cond; torch 2.12 and later take them"

@@ -23,7 +23,6 @@ from fxopt.passes.attention import AttentionSite, find_attentions
 from fxopt.passes.attention_rewrite import earliest, records_gradients
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import base_of, cache_of, writes_to, written_between
-from fxopt.passes.layers import Layer
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.nodes import same, value_of
 from fxopt.passes.sparse_attention import double_sparsity, own, pages, sink_window
@@ -192,12 +191,8 @@ class SparseAttention(Technique):
                 chosen = frozenset(self.layers)
             else:
                 chosen = self.chosen(1 + max(layer.index for layer in stack.layers))
-            found.update((node, layer.index in chosen) for layer in stack.layers for node in _nodes(layer))
+            found.update((node, layer.index in chosen) for layer in stack.layers for node in layer.nodes)
         return found
-
-
-def _nodes(layer: Layer) -> tuple[fx.Node, ...]:
-    return layer.nodes
 
 
 def _tell_state(site: AttentionSite) -> None:

@@ -28,6 +28,12 @@ def made(name, training, batch=2, length=12, **fields):
     return model.train(training), inputs_for(name, model, batch=batch, length=length)
 
 
+def in_parts(model, ids, cache):
+    """Logits of 21 tokens: a prompt of 6, a chunk of 4, then one at a time."""
+    pieces = [(0, 6), (6, 10), *((i, i + 1) for i in range(10, 21))]
+    return torch.cat([model(input_ids=ids[:, a:b], past_key_values=cache).logits for a, b in pieces], 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("training", "dynamic"), [(True, True), (True, False), (False, None)])
@@ -56,10 +62,8 @@ def test_step_by_step_is_all_at_once(name, batch):
         whole = model(input_ids=ids, use_cache=False).logits
         chosen = routes()
         cache = DynamicCache(config=model.config)
-        parts = []
-        for start, stop in [(0, 6), (6, 10), *((i, i + 1) for i in range(10, 21))]:
-            parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+        parts = in_parts(model, ids, cache)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
     for index, layer in enumerate(cache.layers[:2]):
         path = next(p for p in chosen if p.endswith(f".{index}"))
         assert layer.get_seq_length() == 21
@@ -140,10 +144,7 @@ def test_static_cache_step_by_step_is_all_at_once(name, batch):
         chosen = routes()
         cache = StaticCache(config=model.config, max_cache_len=24)
         for _ in range(2):  # once more after a reset
-            parts = []
-            for start, stop in [(0, 6), (6, 10), *((i, i + 1) for i in range(10, 21))]:
-                parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache).logits)
-            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(in_parts(model, ids, cache), whole, rtol=1e-4, atol=1e-4)
             for index, layer in enumerate(cache.layers[:2]):
                 path = next(p for p in chosen if p.endswith(f".{index}"))
                 assert int(layer.get_seq_length()) == 21

@@ -229,8 +229,7 @@ def test_counts_the_depth_of_every_row(captured):
 
 def test_writes_after_the_branches_compute_the_same(captured, monkeypatch):
     """The form for versions of torch whose branches must not write: the same tokens, and no write in a branch."""
-    monkeypatch.setattr(exit_region, "branches_may_write", lambda: False)
-    monkeypatch.setattr("fxopt.passes.early_exit.branches_may_write", lambda: False)
+    monkeypatch.setattr("fxopt.codegen.compat.cond_may_write", lambda: False)
     technique = EarlyExit(layers=(1, 2), confidence="margin", threshold=0.1, rows="each")
     compare(captured, technique, "static")
     for entry in captured("static").entries:
