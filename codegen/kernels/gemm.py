@@ -47,6 +47,15 @@ class Norm:
             wide = wide * (1.0 + gamma.to(wide.dtype) if self.unit_offset else gamma.to(wide.dtype))
         return (wide if beta is None else wide + beta.to(wide.dtype)).to(x.dtype)
 
+    def encode(self) -> str:
+        """A JSON string that says everything; `decode` gives the norm back."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    @functools.cache
+    def decode(text: str) -> Norm:
+        return Norm(**json.loads(text))
+
 
 @dataclass(frozen=True)
 class FusedLinear:
