@@ -94,9 +94,13 @@ class PassContext:
 
     @cached_property
     def training(self) -> bool:
-        """Whether gradients are recorded for this graph."""
+        """Whether gradients are recorded for this graph.
+
+        A weight that is cast to the type it has is the weight itself, and requires gradients under no_grad too: what
+        counts is a result that gradients flow through.
+        """
         return any(
-            isinstance(value, torch.Tensor) and value.requires_grad
+            isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf
             for node in self.graph.nodes
             if node.op in ("call_function", "call_method")
             for value in (node.meta.get("example_value"),)
