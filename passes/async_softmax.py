@@ -36,7 +36,7 @@ from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.attention_variants import DecodeAttention
 from fxopt.codegen.kernels.phi import certified_phi, fits, largest_certified, place
 from fxopt.passes.attention import AttentionSite, find_attentions
-from fxopt.passes.attention_rewrite import earliest, mask_node, records_gradients, replace_output
+from fxopt.passes.attention_rewrite import earliest, in_turn, mask_node, records_gradients, replace_output
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import cache_of, written_between
 from fxopt.passes.nodes import name_of, same, value_of
@@ -92,7 +92,7 @@ class AsyncSoftmax(Technique):
         """Lower every decode attention on a device that has kernels."""
         counts: list[fx.Node] = []
         bounds: list[fx.Node] = []
-        for site in find_attentions(graph)[0]:
+        for site in in_turn(find_attentions(graph)[0], context.rewriter):
             if context.covers(site.output):
                 counts += self._lower(site, bounds, context)
         if not counts:

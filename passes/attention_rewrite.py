@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,21 @@ from fxopt.passes.attention import AttentionSite
 from fxopt.passes.context import PassContext
 from fxopt.passes.nodes import name_of, value_of
 from fxopt.passes.rewriter import Rewriter
+
+
+def in_turn(sites: Iterable[AttentionSite], rewriter: Rewriter) -> Iterator[AttentionSite]:
+    """Sites one after another, each reading what took the place of the results of those before it."""
+    now = rewriter.current
+    for site in sites:
+        yield dataclasses.replace(
+            site,
+            query=now(site.query),
+            key=now(site.key),
+            value=now(site.value),
+            attended=tuple(now(node) for node in site.attended),
+            biases=tuple(dataclasses.replace(bias, node=now(bias.node)) for bias in site.biases),
+            sinks=None if site.sinks is None else now(site.sinks),
+        )
 
 
 def mask_node(site: AttentionSite, rewriter: Rewriter) -> fx.Node | None:

@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxopt.passes.attention import AttentionSite, find_attentions
-from fxopt.passes.attention_rewrite import attend, earliest, mask_node, records_gradients
+from fxopt.passes.attention_rewrite import attend, earliest, in_turn, mask_node, records_gradients
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import base_of, cache_of, writes_to, written_between
 from fxopt.passes.masks import read_extent_node
@@ -37,7 +37,7 @@ class CacheExtent(Technique):
     def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
         """Give every attention on a preallocated cache its read extent."""
         extents: dict[fx.Node, fx.Node] = {}
-        for site in find_attentions(graph)[0]:
+        for site in in_turn(find_attentions(graph)[0], context.rewriter):
             if context.covers(site.output):
                 self._bound(site, extents, context)
 

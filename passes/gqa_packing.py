@@ -23,6 +23,7 @@ from fxopt.passes.attention import AttentionSite, find_attentions
 from fxopt.passes.attention_rewrite import (
     attend,
     earliest,
+    in_turn,
     library_attention,
     library_groups,
     mask_node,
@@ -50,7 +51,7 @@ class GqaPacking(Technique):
         for difference in near:
             if context.covers(difference.node):
                 context.missed(difference.code, difference.node, difference.message)
-        for site in sites:
+        for site in in_turn(sites, context.rewriter):
             if site.form != "fxopt" and context.covers(site.output):
                 self._pack(site, context)
 

@@ -92,9 +92,9 @@ def _has_roll(write: fx.Node) -> bool:
 def written_between(nodes: Iterable[fx.Node], start: fx.Node, end: fx.Node) -> fx.Node | None:
     """The first node after `start` and before `end` that writes the memory of any of `nodes`; None if there is none."""
     bases = {base_of(node) for node in nodes}
-    node = start.next
+    node = start
     while node is not end and node.op != "root":
-        if _written(node) in bases:
+        if node is not start and _written(node) in bases:
             return node
         node = node.next
     return None

@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxopt.passes.attention import AttentionSite, find_attentions
-from fxopt.passes.attention_rewrite import attend, earliest, library_attention, records_gradients
+from fxopt.passes.attention_rewrite import attend, earliest, in_turn, library_attention, records_gradients
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import written_between
 from fxopt.passes.masks import MaskFacts, ancestors, facts_of
@@ -41,7 +41,7 @@ class MaskStructure(Technique):
         """Say of every mask what it hides, and drop those that the library knows by name."""
         known: dict[tuple[fx.Node, bool], MaskFacts] = {}
         made: dict[fx.Node, None] = {}
-        for site in find_attentions(graph)[0]:
+        for site in in_turn(find_attentions(graph)[0], context.rewriter):
             if site.form == "fxopt" or not site.biases or not context.covers(site.output):
                 continue
             if len(site.biases) != 1 or site.biases[0].multiplier != 1.0:

@@ -60,6 +60,7 @@ class Rewriter:
         self.graph = graph
         self.pass_name = pass_name
         self.changed = False
+        self._replaced: dict[fx.Node, fx.Node] = {}
         self._next = 1 + max((provenance.node_id(n) for n in graph.nodes), default=-1)
         self._fake_mode: FakeTensorMode | None = None
 
@@ -128,8 +129,16 @@ class Rewriter:
     def replace(self, old: fx.Node, new: fx.Node, *, only: Callable[[fx.Node], bool] | None = None) -> int:
         """Let users of `old` (those for which `only` holds) read `new`; returns how many did."""
         users = old.replace_all_uses_with(new, delete_user_cb=only or (lambda _: True), propagate_meta=False)
+        if only is None:
+            self._replaced[old] = new
         self.changed = self.changed or bool(users)
         return len(users)
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """What users of `node` read by now: `node` itself, or what :meth:`replace` put in its place."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
 
     def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
         """Change one positional argument and compute the node's value again."""

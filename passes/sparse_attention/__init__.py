@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fxopt.passes import depth, state
 from fxopt.passes.attention import AttentionSite, find_attentions
-from fxopt.passes.attention_rewrite import earliest, records_gradients
+from fxopt.passes.attention_rewrite import earliest, in_turn, records_gradients
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import base_of, cache_of, writes_to, written_between
 from fxopt.passes.modules import module_stacks
@@ -158,7 +158,7 @@ class SparseAttention(Technique):
         numbers = self._numbers(context) if self.layers is not None else {}
         shared: dict[Any, Any] = {}
         method = self.chosen_by
-        for site in sites:
+        for site in in_turn(sites, context.rewriter):
             if not context.covers(site.output):
                 continue
             if self.layers is not None:

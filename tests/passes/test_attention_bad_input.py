@@ -158,6 +158,22 @@ def test_numbers_of_heads(heads, kv_heads, packed, eager_lowering):
     both(inputs(heads, kv_heads), heads=heads, kv_heads=kv_heads, packed=packed)
 
 
+@FORMS
+def test_an_attention_that_reads_the_result_of_another(form, eager_lowering):
+    """The first rewrite replaces what the second was found to read; both caches are written again in between."""
+
+    class Chain(Step):
+        def forward(self, q, keys, values, new, at, mask):
+            return super().forward(super().forward(q, keys, values, new, at, mask), values, keys, new, at, mask)
+
+    expected = Chain(form=form)(**{n: _copied(t) for n, t in inputs().items()})
+    model = fxopt.compile(Chain(form=form), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs()), expected)
+    report = fxopt.report(model)
+    assert (report.count("gqa_packing"), report.count("cache_extent")) == (2, 2), report.summary()
+
+
 def test_heads_that_do_not_divide_are_the_librarys_error(eager_lowering):
     q, k = torch.randn(1, 4, 1, D), torch.randn(1, 3, S, D)
 
