@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from string import Template
 from types import ModuleType
 from typing import Any
 
@@ -128,3 +129,17 @@ def load_kernel(path: Path, symbol: str) -> Any:
     except AttributeError:
         names = ", ".join(key for key in vars(module) if not key.startswith("_"))
         raise AttributeError(f"{path} defines no {symbol!r}; it has {names}") from None
+
+
+def fill(template: str, holds: Mapping[str, bool], values: Mapping[str, object]) -> str:
+    """The source of one variant: what comes out has no branches on the variant any more.
+
+    A line of `template` belongs to a variant when every name left of its first `|` holds for it (`!name`: does not
+    hold); `$NAME` is replaced by `values`. Raises KeyError for an unknown name.
+    """
+    lines = []
+    for line in template.strip("\n").splitlines():
+        margin, code = line.split("|", 1)
+        if all(not holds[name[1:]] if name.startswith("!") else holds[name] for name in margin.split()):
+            lines.append(code.removeprefix(" ").rstrip())
+    return Template("\n".join(lines)).substitute({name: str(value) for name, value in values.items()}) + "\n"

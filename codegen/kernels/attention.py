@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Partials(NamedTuple):
 
 
 def empty_partials(desc: DecodeAttention, batch: int, kv_heads: int, length: int, device: torch.device) -> Partials:
-    """Uninitialised scratch for a cache of `length` positions; it may be shared by the layers of a step."""
+    """Uninitialised scratch for `length` positions that are read; it may be shared by the layers of a step."""
     shape = (batch, kv_heads, max(1, -(-length // desc.split_size)), desc.rows)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
     return Partials(empty((*shape, desc.channels)), empty(shape), empty(shape))
@@ -75,8 +75,35 @@ def _check(desc: DecodeAttention, q: Tensor, k: Tensor, v: Tensor, needed: Mappi
             fail(f"{name} is {'missing' if wanted else 'given'}, but the description says otherwise")
         if given is not None and name in shapes and tuple(given.shape) not in shapes[name]:
             fail(f"{name} is {tuple(given.shape)}; it needs {' or '.join(map(str, shapes[name]))}")
-        if given is not None and given.device != q.device:
+        if isinstance(given, Tensor) and given.device != q.device:
             fail(f"{name} is on {given.device}, q on {q.device}; move it")
+
+
+def _listed(
+    desc: DecodeAttention, index: Tensor, valid: Tensor | None, shape: tuple[int, int, int], least: int,
+    whole_heads: Collection[int],
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
+    """How many positions a program of some head may reach, and the arguments that say what is read."""
+    batch, kv_heads, length = shape
+    wanted = f"{(batch, kv_heads)}, or ones"
+    if index.dim() != 3 or any(have not in (1, full) for have, full in zip(index.shape, shape[:2], strict=False)):
+        raise ValueError(f"decode_attention: index is {tuple(index.shape)}; it needs {wanted}, and K")
+    if valid is not None and (
+        valid.dim() != 2 or any(have not in (1, full) for have, full in zip(valid.shape, shape[:2], strict=True))
+    ):
+        raise ValueError(f"decode_attention: valid is {tuple(valid.shape)}; it needs {wanted}")
+    if any(not 0 <= head < min(kv_heads, 63) for head in whole_heads):
+        raise ValueError(f"decode_attention: whole_heads is {tuple(whole_heads)} of {kv_heads} KV heads, at most 63")
+    count = index.shape[2]
+    index = index.expand(batch, kv_heads, count)
+    index = index if index.stride(2) == 1 or count == 1 else index.contiguous()
+    arguments = {
+        "index": index, "index_batch": index.stride(0), "index_head": index.stride(1), "count": count, "least": least,
+        "valid": None if valid is None else valid.expand(batch, kv_heads).contiguous(),
+        "whole_heads": sum(1 << head for head in whole_heads),
+    }  # fmt: skip
+    reached = length if whole_heads else min(least, length)
+    return max(count * desc.gather, reached), arguments
 
 
 def decode_attention(
@@ -93,6 +120,10 @@ def decode_attention(
     slopes: Tensor | None = None,
     counter: Tensor | None = None,
     partials: Partials | None = None,
+    index: Tensor | None = None,
+    valid: Tensor | None = None,
+    least: int = 0,
+    whole_heads: Collection[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Attention of a few new tokens on a KV cache; no host synchronisation, no atomics, capturable in a CUDA graph.
 
@@ -107,6 +138,10 @@ def decode_attention(
         sinks: [Hq], a logit per query head. slopes: [Hq], float32, ALiBi.
         counter: [2], int64: rows recomputed and rows computed are added to it; None: starts from zero.
         partials: scratch from `empty_partials`; None: allocated here.
+        index: [B or 1, Hkv or 1, K], int32 or int64, what is read: positions, or blocks of `desc.gather` of them; -1 is
+            nothing, and of a block only what is filled. valid: [B or 1, Hkv or 1], integers, how many entries count.
+        least: rows of at most so many filled positions read all of them, in order, whatever is listed.
+        whole_heads: KV heads (below 63) that always read everything.
 
     Returns:
         The output [B, Hq, T, DV], contiguous, and the counter. A row with nothing unmasked is zero, as in
@@ -121,12 +156,17 @@ def decode_attention(
         desc, q, k, v,
         {
             "mask": (desc.mask != "none", mask), "extent": (desc.has_extent, extent), "phi": (unified, phi),
-            "sinks": (desc.has_sinks, sinks), "slopes": (desc.alibi, slopes),
+            "sinks": (desc.has_sinks, sinks), "slopes": (desc.alibi, slopes), "index": (desc.gather > 0, index),
+            "valid": (desc.counted, valid), "whole_heads": (desc.some_whole, tuple(whole_heads) or None),
         },
     )  # fmt: skip
     batch, heads, tokens, _ = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     arguments: dict[str, Any] = {}
+    positions = length
+    if index is not None:
+        positions, given = _listed(desc, index, valid, (batch, kv_heads, length), least, whole_heads)
+        arguments |= given
     if mask is not None:
         if (mask.dtype == torch.bool) != (desc.mask == "bool"):
             raise ValueError(f"decode_attention: mask is {mask.dtype}, the description says {desc.mask!r}")
@@ -149,8 +189,10 @@ def decode_attention(
             zip((f"{name}_{axis}" for axis in ("batch", "head", middle, "dim")), tensor.stride(), strict=True)
         )
     if partials is None:
-        partials = empty_partials(desc, batch, kv_heads, length, q.device)
-    elif partials.numerator.shape != (batch, kv_heads, max(1, -(-length // desc.split_size)), desc.rows, desc.channels):
+        partials = empty_partials(desc, batch, kv_heads, positions, q.device)
+    elif partials.numerator.shape != (
+        batch, kv_heads, max(1, -(-positions // desc.split_size)), desc.rows, desc.channels,
+    ):  # fmt: skip
         raise ValueError(f"decode_attention: partials are {tuple(partials.numerator.shape)}; use empty_partials")
     splits = partials.denominator.shape[2]
     out = torch.empty((batch, heads, tokens, desc.channels), dtype=q.dtype, device=q.device)

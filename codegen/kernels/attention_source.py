@@ -1,11 +1,11 @@
 """Triton source of split-KV decode attention, one readable module for each variant.
 
-The templates below have a margin: a line belongs to a variant when every name left of the first `|` holds for it
-(`!name`: does not hold). `$NAME` is filled in. What comes out has no branches on the variant any more.
+The templates below have a margin, see :func:`fxopt.codegen.source.fill`. Names in it:
 
 vector   one query row behind each KV head: sums instead of matrix products; tile: several rows, a tile of them
 shared   one mask row for all query rows of a batch row; own: each query row has its own
 pad_d    the number of channels is no power of two (pad_dv: of the value)
+gather   a list says what is read, by positions or by blocks of them; counted: a tensor says how long it is
 
 Method: FlashDecoding (one program per KV head and split of the cache; a second kernel sums the splits) with the unified
 maximum of FlashDecoding++ (arXiv 2311.01282): a constant phi subtracted instead of the row maximum leaves softmax as it
@@ -13,9 +13,6 @@ is, so numerators and denominators of all splits are plain sums.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from string import Template
 
 PREAMBLE = '''\
 """Split-KV decode attention. Scores and maxima are in units of log 2, as exp2 wants them."""
@@ -39,10 +36,17 @@ recompute        |     flags,  # [B, Hkv, R], nonzero where the unified maximum 
 mask             |     mask,  # [B, Hq, T, S]
 alibi            |     slopes,  # [Hq]
 extent           |     extent,  # [B], number of filled cache positions
+gather           |     index,  # [B, Hkv, K], the $UNITS to read, -1: none
+counted          |     valid,  # [B, Hkv], entries of a list that count, the first ones
                  |     scale,
                  |     length,  # S
                  |     splits,
                  |     kv_heads,
+gather           |     count,  # K
+gather           |     least,  # with at most so many filled positions all of them are read
+some_whole       |     whole_heads,  # a bit for each KV head that reads everything
+gather           |     index_batch,
+gather           |     index_head,
                  |     query_batch,
                  |     query_head,
                  |     query_token,
@@ -89,9 +93,16 @@ recompute vector |     if tl.load(flags + pair) == 0:
 recompute        |         return
 extent           |     end = tl.maximum(tl.minimum(tl.load(extent + batch), length), 0).to(tl.int32)
 !extent          |     end = length
+gather           |     # A short cache is read whole and in order, its list is not looked at; the device decides.
+gather           |     whole = end <= least
+some_whole       |     whole = whole | (((whole_heads >> head) & 1) != 0)
+counted          |     listed = tl.minimum(tl.load(valid + pair).to(tl.int32), count)
+gather counted   |     stop = tl.where(whole, end, listed * $BLOCK)
+gather !counted  |     stop = tl.where(whole, end, count * $BLOCK)
+!gather          |     stop = end
                  |     first = split * SPLIT
-                 |     last = tl.minimum(first + SPLIT, end)
-                 |     if first >= end:
+                 |     last = tl.minimum(first + SPLIT, stop)
+                 |     if first >= stop:
                  |         return
 window           |     # No query token sees further back than the first one does.
 window           |     if last <= end - T - $WINDOW + 1:
@@ -107,15 +118,18 @@ vector !pad_d    |     q = tl.load(q_at).to(tl.float32)  # [BD]
 vector pad_d     |     q = tl.load(q_at, mask=d < D, other=0.0).to(tl.float32)  # [BD]
 tile !pad_d      |     q = tl.load(q_at, mask=in_rows[:, None], other=0.0)  # [BM, BD]
 tile pad_d       |     q = tl.load(q_at, mask=in_rows[:, None] & (d < D)[None, :], other=0.0)  # [BM, BD]
-                 |     # Offsets within a tile do not change; only a scalar moves along the cache.
+!gather          |     # Offsets within a tile do not change; only a scalar moves along the cache.
                  |     k_at = key + batch * key_batch + head * key_head
-                 |     k_at += n.to(tl.int64)[:, None] * key_position + d[None, :] * key_dim  # [BN, BD]
                  |     v_at = value + batch * value_batch + head * value_head
-                 |     v_at += n.to(tl.int64)[:, None] * value_position + dv[None, :] * value_dim  # [BN, BDV]
-mask shared      |     mask_at = mask + batch * mask_batch + n * mask_position  # [BN]
-mask own tile    |     mask_at = mask + batch * mask_batch + (head * G + group)[:, None] * mask_head
-mask own tile    |     mask_at += token[:, None] * mask_token + n[None, :] * mask_position  # [BM, BN]
-mask own vector  |     mask_at = mask + batch * mask_batch + head * mask_head + n * mask_position  # [BN]
+!gather          |     k_at += n.to(tl.int64)[:, None] * key_position + d[None, :] * key_dim  # [BN, BD]
+!gather          |     v_at += n.to(tl.int64)[:, None] * value_position + dv[None, :] * value_dim  # [BN, BDV]
+gather           |     k_at += d[None, :] * key_dim  # [1, BD]
+gather           |     v_at += dv[None, :] * value_dim  # [1, BDV]
+gather           |     index_at = index + batch * index_batch + head * index_head
+mask             |     mask_at = mask + batch * mask_batch
+mask own tile    |     mask_at += (head * G + group)[:, None] * mask_head + token[:, None] * mask_token  # [BM, 1]
+mask own vector  |     mask_at += head * mask_head
+mask !gather     |     mask_at += n$MASK_KEY * mask_position
 position tile    |     position = end - T + token  # [BM]
 position vector  |     position = end - 1
 alibi tile       |     slope = tl.load(slopes + head * G + group, mask=in_rows, other=0.0).to(tl.float32) * LOG2E
@@ -137,10 +151,16 @@ tile             |     result = tl.zeros([BM, BDV], tl.float32)
 vector           |     # Summed over positions after the loop.
 vector           |     result = tl.zeros([BN, BDV], tl.float32)
                  |     for start in tl.range(first, last, BN, num_stages=$STAGES):
-                 |         at = tl.cast(start, tl.int64)
-                 |         live = start + n < last
-!pad_d           |         k = tl.load(k_at + at * key_position, mask=live[:, None], other=0.0)
-pad_d            |         k = tl.load(k_at + at * key_position, mask=live[:, None] & (d < D)[None, :], other=0.0)
+!gather          |         at = tl.cast(start, tl.int64)
+!gather          |         live = start + n < last
+gather           |         entry = start + n
+gather           |         at = tl.load(index_at + entry$PER_BLOCK, mask=(entry < last) & (whole == 0), other=-1)
+gather blocks    |         at = at * $BLOCK + entry % $BLOCK
+gather           |         at = tl.where(whole, entry, at)
+gather           |         live = (entry < last) & (at >= 0) & (at < end)
+gather           |         at = tl.where(live, at, 0).to(tl.int64)  # [BN]
+!pad_d           |         k = tl.load(k_at + $AT * key_position, mask=live[:, None], other=0.0)
+pad_d            |         k = tl.load(k_at + $AT * key_position, mask=live[:, None] & (d < D)[None, :], other=0.0)
 tile             |         s = tl.dot(q, tl.trans(k)$precision)  # [BM, BN]
 vector           |         s = tl.sum(q[None, :] * k.to(tl.float32), 1)  # [BN]
 soft_cap         |         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -148,12 +168,12 @@ soft_cap         |         s = tl.exp2(s * (scale * $TWICE_LOG2E_BY_CAP))
 soft_cap         |         s = $CAP_LOG2E - $TWICE_CAP_LOG2E / (s + 1.0)
 !soft_cap        |         s = s * (scale * LOG2E)
 alibi            |         s += slope$ROW * (start + n$KEY - position$ROW)
-bool shared      |         visible = tl.load(mask_at + at * mask_position, mask=live, other=0) != 0
+bool shared      |         visible = tl.load(mask_at + $M_AT * mask_position, mask=live, other=0) != 0
 bool shared      |         s = tl.where(visible$KEY, s, float("-inf"))
-bool own         |         visible = tl.load(mask_at + at * mask_position, mask=$mask_live, other=0) != 0
+bool own         |         visible = tl.load(mask_at + $M_AT * mask_position, mask=$mask_live, other=0) != 0
 bool own         |         s = tl.where(visible, s, float("-inf"))
-additive shared  |         bias = tl.load(mask_at + at * mask_position, mask=live, other=0.0).to(tl.float32)
-additive own     |         bias = tl.load(mask_at + at * mask_position, mask=$mask_live, other=0.0).to(tl.float32)
+additive shared  |         bias = tl.load(mask_at + $M_AT * mask_position, mask=live, other=0.0).to(tl.float32)
+additive own     |         bias = tl.load(mask_at + $M_AT * mask_position, mask=$mask_live, other=0.0).to(tl.float32)
 additive         |         # The lowest finite number stays finite: a row of it is uniform, a row of -inf empty.
 additive         |         bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, -3.0e38))
 additive shared  |         s += bias$KEY
@@ -161,8 +181,8 @@ additive own     |         s += bias
 causal           |         s = tl.where(start + n$KEY <= position$ROW, s, float("-inf"))
 window           |         s = tl.where(start + n$KEY > position$ROW - $WINDOW, s, float("-inf"))
                  |         s = tl.where(live$KEY, s, float("-inf"))
-!pad_dv          |         v = tl.load(v_at + at * value_position, mask=live[:, None], other=0.0)
-pad_dv           |         v = tl.load(v_at + at * value_position, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
+!pad_dv          |         v = tl.load(v_at + $AT * value_position, mask=live[:, None], other=0.0)
+pad_dv           |         v = tl.load(v_at + $AT * value_position, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
 async            |         p = tl.exp2(s - unified$ROW)
 async            |         weights += p
 async            |         highest = tl.maximum(highest, s)
@@ -203,9 +223,13 @@ checked          |     flags,  # [B, Hkv, R]
 recompute        |     counter,  # [2]: rows recomputed, rows
 sinks            |     sinks,  # [Hq]
 extent           |     extent,  # [B]
+counted          |     valid,  # [B, Hkv]
                  |     length,  # S
                  |     splits,
                  |     kv_heads,
+gather           |     count,  # K
+gather           |     least,
+some_whole       |     whole_heads,
 async            |     phi_batch,
 async            |     phi_head,
 async            |     phi_row,
@@ -227,17 +251,24 @@ recompute        |     rows,  # B * Hkv * R
                  |     flat = pair.to(tl.int64) * R + row
 recompute        |     # One program counts for all, so that no atomics are needed.
 recompute        |     if (pair == 0) & (row == 0):
-recompute        |         count = tl.zeros([1024], tl.int32)
+recompute        |         flagged = tl.zeros([1024], tl.int32)
 recompute        |         for start in tl.range(0, rows, 1024):
-recompute        |             index = start + tl.arange(0, 1024)
-recompute        |             count += tl.load(flags + index, mask=index < rows, other=0)
-recompute        |         tl.store(counter, tl.load(counter) + tl.sum(count, 0))
+recompute        |             at_row = start + tl.arange(0, 1024)
+recompute        |             flagged += tl.load(flags + at_row, mask=at_row < rows, other=0)
+recompute        |         tl.store(counter, tl.load(counter) + tl.sum(flagged, 0))
 recompute        |         tl.store(counter + 1, tl.load(counter + 1) + rows)
 recompute        |     if tl.load(flags + flat) == 0:
 recompute        |         return
 extent           |     end = tl.maximum(tl.minimum(tl.load(extent + batch), length), 0).to(tl.int32)
 !extent          |     end = length
-                 |     used = (end + SPLIT - 1) // SPLIT
+gather           |     # As many splits as the other kernel wrote.
+gather           |     whole = end <= least
+some_whole       |     whole = whole | (((whole_heads >> head) & 1) != 0)
+counted          |     listed = tl.minimum(tl.load(valid + pair).to(tl.int32), count)
+gather counted   |     stop = tl.where(whole, end, listed * $BLOCK)
+gather !counted  |     stop = tl.where(whole, end, count * $BLOCK)
+!gather          |     stop = end
+                 |     used = (stop + SPLIT - 1) // SPLIT
 window           |     oldest = tl.maximum(end - T - $WINDOW + 1, 0) // SPLIT
 !window          |     oldest = 0
                  |     lane = tl.arange(0, LANES)
@@ -286,13 +317,3 @@ async            |     tl.store(flags + flat, tl.where(fits | empty, 0, 1))
 !pad_dv          |     tl.store(out + flat * DV + dv, result.to(out.dtype.element_ty))
 pad_dv           |     tl.store(out + flat * DV + dv, result.to(out.dtype.element_ty), mask=dv < DV)
 """
-
-
-def fill(template: str, holds: Mapping[str, bool], values: Mapping[str, object]) -> str:
-    """The lines of `template` whose margin holds, with `$NAME` replaced by `values`; an unknown name is a KeyError."""
-    lines = []
-    for line in template.strip("\n").splitlines():
-        margin, code = line.split("|", 1)
-        if all(not holds[name[1:]] if name.startswith("!") else holds[name] for name in margin.split()):
-            lines.append(code.removeprefix(" ").rstrip())
-    return Template("\n".join(lines)).substitute({name: str(value) for name, value in values.items()}) + "\n"

@@ -12,7 +12,7 @@ import torch
 
 from fxopt.codegen.kernels import attention_source
 from fxopt.codegen.kernels.phi import limits
-from fxopt.codegen.source import load_kernel, write_source
+from fxopt.codegen.source import fill, load_kernel, write_source
 
 LOG2E = math.log2(math.e)
 LANES = 16
@@ -60,6 +60,12 @@ class DecodeAttention:
     """Cache positions of one program. Fixed, so that a row's result depends on no other row and on no total length."""
     has_extent: bool = False
     """A device tensor says how many cache positions of each batch row are filled; no others are read."""
+    gather: int = 0
+    """0: the cache in order; n: a list for each KV head names what is read, in blocks of n positions."""
+    counted: bool = False
+    """A device tensor says how many entries of each list count."""
+    some_whole: bool = False
+    """Some KV heads read everything, whatever their list says."""
 
     def __post_init__(self) -> None:
         def check(holds: bool, message: str) -> None:
@@ -80,6 +86,17 @@ class DecodeAttention:
             f"split_size is {self.split_size}; use a power of two of at least 64",
         )
         check(not self.mask_shared or self.mask != "none", "mask_shared needs a mask")
+        check(
+            self.gather >= 0 and self.gather & (self.gather - 1) == 0,
+            f"gather is {self.gather}; use 0 (no list) or a power of two, the positions of a block",
+        )
+        if self.gather:
+            check(
+                not (self.causal or self.alibi or self.window is not None or self.q_len > 1),
+                "a list is for one query token, and what depends on positions comes by a mask",
+            )
+        else:
+            check(not (self.counted or self.some_whole), "counted and some_whole need gather")
 
     @property
     def channels(self) -> int:
@@ -157,18 +174,27 @@ def _values(desc: DecodeAttention, recompute: bool, backend: str | None) -> tupl
         "causal": causal,
         "position": desc.alibi or causal or desc.window is not None,
         "soft_cap": desc.soft_cap is not None,
+        "gather": desc.gather > 0,
+        "blocks": desc.gather > 1,
+        "counted": desc.counted,
+        "some_whole": desc.some_whole,
         "sinks": desc.has_sinks,
         "pad_d": _power_of_two(desc.head_dim) != desc.head_dim,
         "pad_dv": _power_of_two(desc.channels) != desc.channels,
     }
     unspecialized = ["length", "splits"]
+    if desc.gather:
+        unspecialized += ["count", "least"]
+    if desc.some_whole:
+        unspecialized += ["whole_heads"]
+    also = unspecialized[2:] + (["rows"] if recompute else [])
     if not online:
         unspecialized += ["phi_batch"]
     if desc.mask != "none":
         unspecialized += ["mask_batch"] if desc.mask_shared else ["mask_batch", "mask_head", "mask_token"]
     values: dict[str, object] = {
         "unspecialized": ", ".join(f'"{name}"' for name in unspecialized),
-        "also_unspecialized": ', "rows"' if recompute else "",
+        "also_unspecialized": "".join(f', "{name}"' for name in also),
         "G": desc.group,
         "T": desc.q_len,
         "D": desc.head_dim,
@@ -193,6 +219,12 @@ def _values(desc: DecodeAttention, recompute: bool, backend: str | None) -> tupl
         "AXIS": 0 if vector else 1,
         "ROW": "" if vector else "[:, None]",
         "KEY": "" if vector else "[None, :]",
+        "MASK_KEY": "[None, :]" if not vector and not desc.mask_shared else "",
+        "M_AT": "at[None, :]" if desc.gather and not vector and not desc.mask_shared else "at",
+        "AT": "at[:, None]" if desc.gather else "at",
+        "BLOCK": desc.gather,
+        "PER_BLOCK": f" // {desc.gather}" if desc.gather > 1 else "",
+        "UNITS": f"blocks of {desc.gather} positions" if desc.gather > 1 else "positions",
     }
     return holds, values
 
@@ -211,7 +243,7 @@ def source(desc: DecodeAttention, backend: str | None = None) -> str:
     for symbol in kernel_names(desc):
         holds, values = _values(desc, symbol.startswith("recompute"), backend)
         template = attention_source.SPLIT if symbol.endswith("split") else attention_source.COMBINE
-        parts.append(attention_source.fill(template, holds, values | {"symbol": symbol}))
+        parts.append(fill(template, holds, values | {"symbol": symbol}))
     return "\n\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 
@@ -248,6 +280,7 @@ def signature(desc: DecodeAttention, symbol: str) -> Signature:
     kinds = dict.fromkeys(("query", "key", "value", "out", "sinks"), f"*{element}")
     kinds |= dict.fromkeys(("numerator", "denominator", "maximum", "phi", "slopes"), "*fp32")
     kinds |= {"flags": "*i32", "extent": "*i32", "counter": "*i64", "scale": "fp32"}
+    kinds |= {"index": "*i64", "valid": "*i64", "whole_heads": "i64"}
     kinds["mask"] = "*u8" if desc.mask == "bool" else f"*{element}"
     constants = {"query_dim": 1, "key_dim": 1, "value_dim": 1, "mask_position": 1}
     names = kernels(desc)[symbol].arg_names
