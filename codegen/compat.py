@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,14 @@ def compile_with_inductor(graph_module: Any, example_inputs: Any, mode: str | No
     import torch
 
     return torch._TorchCompileInductorWrapper(mode, patches or None, None)(graph_module, example_inputs)
+
+
+def around_compiled_call(module: Any, around: Any) -> None:
+    """Call ``around(module, compiled, *args, **kwargs)`` where `module`, compiled in place, would be entered.
+
+    ``nn.Module.compile`` has no hook that runs outside of what it compiles: forward hooks are traced.
+    """
+    module._compiled_call_impl = functools.partial(around, module, module._compiled_call_impl)
 
 
 def compile_id() -> str:

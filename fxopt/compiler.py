@@ -12,6 +12,7 @@ from torch import nn
 
 from fxopt import reporting
 from fxopt.backend import Backend
+from fxopt.codegen import compat
 from fxopt.options import Settings
 from fxopt.passes.technique import Decorated, SettingError, Technique, nearest
 from fxopt.recipe import Recipe
@@ -55,6 +56,10 @@ def compile(
             technique.prepare(model)
             technique.check(model)
     model.compile(backend=_backend(model, settings), dynamic=dynamic)
+    carried = {name: t for m in model.modules() for name, (t, _) in Decorated.techniques(m).items()}
+    for technique in (whole | carried).values():
+        if type(technique).called is not Technique.called:
+            compat.around_compiled_call(model, technique.called)
     return model
 
 

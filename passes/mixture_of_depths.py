@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.passes.context import PassContext
-from fxopt.passes.mod_forward import routed_forward
+from fxopt.passes.mod_forward import called, routed_forward
 from fxopt.passes.mod_reference import (
     ROUTED,
     ROUTER,
@@ -167,6 +168,10 @@ class MixtureOfDepths(Technique):
         module.add_module(ROUTERS, chosen)
         if made and self.router.endswith(".safetensors"):  # and not over what was trained since
             _load(chosen, self.router)
+
+    def called(self, model: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Makes the KV cache ready, see :func:`fxopt.passes.mod_forward.called`."""
+        return called(model, compiled, *args, **kwargs)
 
     def prepare_class(self, cls: type[nn.Module]) -> None:
         """Instances get their routers when they are made."""

@@ -6,10 +6,12 @@ is reordered, cropped and reset exactly with the keys and values.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -22,55 +24,93 @@ from fxopt.passes.regions import Keys, Selection
 from fxopt.passes.technique import SettingError
 
 
-class Writer:
-    """Stands for the cache of a static layer: writes rows to their own places, ``places: [B, C]``."""
+GROWTH = 64
+"""Tokens after which a growing cache asks again how many of them were routed."""
 
-    def __init__(self, layer: RoutedStaticLayer, places: Tensor) -> None:
-        self.layer, self.places = layer, places
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """``keys, values: [B, H, C, D]``; rows of fillers are written as well, to places of no token."""
-        layer: Any = self.layer
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
-        places = self.places[:, None, :, None]
-        layer.keys.scatter_(2, places.expand_as(keys), keys)
-        layer.values.scatter_(2, places.expand_as(values), values)
-        return layer.keys, layer.values
+class Rows(NamedTuple):
+    """What a block writes for each token."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 class RoutedLayer(DynamicLayer):
-    """Keys and values of routed tokens alone, ``[B, H, K, D]``, with their places in the sequence, ``[B, K]``.
+    """Keys and values of routed tokens alone, ``[B, H, K, D]``, with their places in the sequence, ``positions: [B, K]``.
 
     To the rest of the model it looks as long as the sequence is (``get_seq_length``), so that masks are built in
-    places of the sequence. Rows of a batch hold different numbers of tokens; the shorter ones have rows of no token
-    (place -1).
+    places of the sequence. Each row of the batch fills its cells one after the other, ``used: [B]`` of them; the others
+    stand at place -1. How many that are only the device knows. The host knows what is enough: until ``seen`` reaches
+    ``limit`` there is a cell for every token, routed or not, so that a step can be captured in a graph whose shapes do
+    not change. Only then is ``used`` read and the storage made larger, :data:`GROWTH` tokens further. The limit depends
+    on ``seen`` alone: all layers of a cache reach it at the same step.
     """
 
     routed = True
     static = False
+    positions: Tensor
+    used: Tensor
 
-    def __init__(self, window: int | None = None) -> None:
+    def __init__(self, batch: int, device: torch.device, window: int | None = None) -> None:
         super().__init__()
         self.window = window
         self.is_sliding = window is not None
-        self.seen = 0
-        self.positions: Tensor | None = None
+        self._empty(batch, device)
         if window is not None:
             self.sliding_window = window
+
+    def _empty(self, batch: int, device: torch.device) -> None:
+        self.seen = self.limit = 0
+        self.used = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.positions = torch.full((batch, 0), -1, dtype=torch.int64, device=device)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Zeros, because rows that are hidden take part in the products of the attention.
+        for name, new in (("keys", key_states), ("values", value_states)):
+            setattr(self, name, new.new_zeros(*new.shape[:2], self.positions.shape[1], new.shape[3]))
+        self.is_initialized = True
+
+    def holds(self, tokens: int) -> bool:
+        """Whether there is a cell for every one of so many new tokens; the device is not asked."""
+        return self.is_initialized and self.seen + tokens <= self.limit
+
+    def reserve(self, tokens: int, rows: int, used: int) -> None:
+        """Make room for `tokens` new ones, of which `rows` are written, where `used` cells are in use; and for more.
+
+        Cells that are not needed any more are given back.
+        """
+        after = self.seen + tokens
+        # A long prompt is followed by another look at once: fewer tokens will have been routed than there was room for.
+        self.limit = (after // GROWTH + 1) * GROWTH if tokens <= GROWTH else after
+        cells = used + rows + self.limit - after
+        self._resize((cells + GROWTH - 1) // GROWTH * GROWTH)
+
+    def _resize(self, cells: int) -> None:
+        more = cells - self.positions.shape[1]
+        if not more:
+            return
+        self.positions = pad(self.positions, (0, more), value=-1)  # a copy, where it becomes smaller too
+        if self.is_initialized:
+            self.keys, self.values = pad(self.keys, (0, 0, 0, more)), pad(self.values, (0, 0, 0, more))
 
     def advance(self, member: Tensor, selection: Selection) -> Keys:
         """Before the block runs: the tokens of ``member: [B, S]`` were seen, the selected ones are written."""
         assert selection.valid is not None
-        positions = torch.where(selection.valid, selection.places + self.seen, -1)
-        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
-        keys = Keys(self.positions, self.seen, self.window)
+        keys = Keys(self.positions, self.seen, self.window, first=self.used[:, None].clone())
+        places = torch.where(selection.valid, selection.places + self.seen, -1)
+        self.positions.scatter_(1, keys.own(selection), places)
+        self.used.add_(selection.valid.sum(1))
         self.seen += member.shape[1]
         return keys
 
-    def writer(self, keys: Keys, selection: Selection) -> None:
-        """Nothing stands for the cache: it appends by itself."""
-        return
+    @property
+    def counts(self) -> Tensor:
+        """Written rows of each sequence, [B]."""
+        return self.used
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -83,16 +123,17 @@ class RoutedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen = 0
-        self.positions = None
+        self._empty(len(self.used), self.used.device)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, not {tokens_to_remove}.")
-        self.seen = max(self.seen + tokens_to_remove, 0)
-        if self.positions is not None:
-            # Rows stay where they are and are never looked at again.
-            self.positions = self.positions.masked_fill(self.positions >= self.seen, -1)
+        removed = min(-tokens_to_remove, self.seen)
+        self.seen -= removed
+        self.limit -= removed  # the cells that are given back may have been of tokens that were not routed
+        # Ascending within each row, so that those which stay come first.
+        self.positions = self.positions.masked_fill(self.positions >= self.seen, -1)
+        self.used = (self.positions >= 0).sum(1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -104,9 +145,9 @@ class RoutedLayer(DynamicLayer):
         self._each(lambda t: t[indices.to(t.device)])
 
     def _each(self, change: Any) -> None:
-        for name in ("keys", "values", "positions"):
+        for name in ("keys", "values", "positions", "used"):
             tensor = getattr(self, name)
-            if tensor is not None and tensor.numel():
+            if tensor is not None:
                 setattr(self, name, change(tensor))
 
 
@@ -139,11 +180,11 @@ class RoutedStaticLayer(StaticLayer):
         self.cumulative_length.add_(member.shape[1])
         if self.window is not None:  # Dynamo guards a number; it is read where a mask slides
             self.cumulative_length_int += member.shape[1]
-        return Keys(self.positions, start, self.window, self.max_cache_len)
+        return Keys(self.positions, start, self.window)
 
-    def writer(self, keys: Keys, selection: Selection) -> Writer:
-        """What the block writes to."""
-        return Writer(self, selection.places + keys.start)
+    def holds(self, tokens: int) -> bool:
+        """Whether its tensors exist: it has a cell for every token."""
+        return self.is_initialized
 
     @property
     def counts(self) -> Tensor:
@@ -174,8 +215,10 @@ class RoutedStaticLayer(StaticLayer):
         self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
 
 
-def routed_layer(cache: Any, index: int, stream: Tensor) -> Any:
-    """The cache of the routed layer `index`, put in place on an empty cache; ``stream: [B, S, W]`` are the new tokens.
+def routed_layer(cache: Any, index: int, batch: int, device: torch.device, written: int = 0) -> Any:
+    """The cache of the routed layer `index`, put in place on an empty cache.
+
+    ``written``: tokens of this call that the layers before it have written already.
 
     Raises SettingError for a cache whose rows cannot be left out (a quantised one), and for one that was filled while
     this layer was not routed.
@@ -185,36 +228,55 @@ def routed_layer(cache: Any, index: int, stream: Tensor) -> Any:
             f"a block with mixture of depths writes routed tokens alone, which {type(cache).__name__} has no form for. "
             "Use a DynamicCache (the default of generate()), a StaticCache, or use_cache=False."
         )
-    tokens = stream.shape[1]
-    if len(cache.layers) == index:
-        cache.layers.append(RoutedLayer())
+    while len(cache.layers) <= index and type(cache) is DynamicCache:
+        cache.layers.append(DynamicLayer())
     found: Any = cache.layers[index]
-    first: Any = cache.layers[0]
     if not getattr(found, "routed", False) and not int(found.get_seq_length()):
         if isinstance(found, StaticLayer):
-            if index:
-                _refuse_late(index, 0, int(first.get_seq_length()) - tokens)
-            found = cache.layers[index] = RoutedStaticLayer(
-                _cells(cache), stream.shape[0], stream.device, found.max_cache_len if found.is_sliding else None
-            )
+            window = found.max_cache_len if found.is_sliding else None
+            _refuse_late(cache, index, 0, written)
+            found = cache.layers[index] = RoutedStaticLayer(_cells(cache), batch, device, window)
         elif type(found) in (DynamicLayer, DynamicSlidingWindowLayer):
-            found = cache.layers[index] = RoutedLayer(getattr(found, "sliding_window", None))
+            window = getattr(found, "sliding_window", None)
+            found = cache.layers[index] = RoutedLayer(batch, device, window)
     if not getattr(found, "routed", False):
         raise SettingError(
             f"layer {index} of this cache is a {type(found).__name__} with {int(found.get_seq_length())} tokens, and "
             "its block has mixture of depths. Start from an empty cache, filled in model.eval()."
         )
-    if index and not found.static:
-        _refuse_late(index, found.seen, first.get_seq_length() - tokens)
+    if not found.static:
+        _refuse_late(cache, index, found.seen, written)
     return found
 
 
-def _refuse_late(index: int, seen: int, before: int) -> None:
+def _refuse_late(cache: Any, index: int, seen: int, written: int) -> None:
+    before = int(cache.layers[0].get_seq_length()) - written if index else seen
     if seen != before:
         raise SettingError(
             f"this cache was filled while layer {index} was not routed by its predictor ({seen} of {before} tokens "
             "were seen). Fill it in model.eval(), from the beginning."
         )
+
+
+def ready(cache: Any, rows: Mapping[int, Rows], batch: int, tokens: int) -> None:
+    """Put every routed layer of a cache in place, with its tensors and cells for `tokens` new tokens a row.
+
+    ``rows``: what the layers write, by their index. The device is asked where a growing cache is at its limit, and then
+    once for all layers. They get the same number of cells: sizes that are equal stay equal, which is what a graph with
+    symbolic sizes was compiled for.
+    """
+    layers = {index: routed_layer(cache, index, batch, written.device) for index, written in rows.items()}
+    growing = [layer for layer in layers.values() if not layer.static and layer.seen + tokens > layer.limit]
+    if growing:
+        most = [layer.used.max().to(growing[0].used.device) for layer in growing]
+        used = int(torch.stack(most).max())
+        for layer in growing:
+            layer.reserve(tokens, tokens, used)
+    for index, layer in layers.items():
+        if not layer.is_initialized:
+            written = rows[index]
+            key = torch.empty(batch, written.heads, 0, written.key_width, dtype=written.dtype, device=written.device)
+            layer.lazy_initialization(key, key.new_empty(batch, written.heads, 0, written.value_width))
 
 
 def _cells(cache: Any) -> int:

@@ -3,16 +3,23 @@
 What is computed once that is decided stands in :mod:`fxopt.passes.mod_reference`. In eager the number of tokens is read
 on the host and is exact. A compiled graph has branches instead (``torch.cond``)::
 
-    no cache; a chunk on a static cache    room for a little over the capacity, or every token where that overflows
-    one new token on a static cache        the block, or nothing where every row of the batch declines
+    no cache; a chunk on a filled cache    room for a little over the capacity, or every token where that overflows
+    one new token on a cache               the block, or nothing where every row of the batch declines
 
 There a branch writes the rows of its tokens into the cache of the layer. Which rows count is written beside it, outside
-of the branches, for all tokens of the call. A growing cache is written on the host, at a graph break.
+of the branches, for all tokens of the call. A growing cache has cells in reserve for a number of steps, and is enlarged
+between two calls (:func:`called`).
+
+Inductor reads the predicate of a branch on the host. Where that means to wait for a device (:data:`DEVICE_DECIDES`),
+there is no branch: the block stands in the graph once for the room and once more for every token, and whether it is
+needed is a tensor that each of its linears is given; one that is not reads no weight.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +31,18 @@ from fxopt.passes.mod_reference import (
     ROUTER,
     Router,
     compute,
+    deciding,
     marked,
     members,
+    only_if,
+    routers,
     top_tokens,
     warn_untrained,
 )
-from fxopt.passes.regions import CACHES, Call, Keys, Selection, ascending, padding
+from fxopt.passes.regions import CACHES, Call, Keys, Selection, Writer, ascending, padding
+
+DEVICE_DECIDES = ("cuda",)
+"""Device types (ROCm calls itself cuda) where no branch is taken on the host."""
 
 
 def routed_forward(
@@ -55,17 +68,51 @@ def routed_forward(
     if router.watched:
         observe(router, member, real, _seen(cache, router.cache_index))
     routed = Routed(router, block, call, score, member, residual)
-    # dynamic=True makes every float of the block an input, which Dynamo cannot share between two branches.
-    branches = torch.compiler.is_compiling() and torch._dynamo.config.assume_static_by_default
     if cache is not None:
-        layer = _ready(cache, router.cache_index) if branches else None
-        # A branch that writes has no derivative.
-        if layer is None or torch.is_grad_enabled():
+        layer = _layer(cache, router.cache_index)
+        held = getattr(layer, "routed", False) and layer.holds(call.stream.shape[1])
+        # What writes to a cache has no derivative.
+        if not torch.compiler.is_compiling() or not held or torch.is_grad_enabled():
             return routed.on_host_with_cache(cache)
-        return routed.with_static(layer)
-    if branches:
-        return routed.in_branches(None)
-    return routed.on_host() if torch.compiler.is_compiling() else routed.exactly(None)
+        return routed.with_cache(layer)
+    return routed.by_room(None, None) if torch.compiler.is_compiling() else routed.exactly(None)
+
+
+def called(model: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Before a compiled model is entered: the routed layers of its KV cache are put in place, with cells to write to.
+
+    Here and not in the model, because what has to be asked of the device would break the graph. The first call with a
+    cache runs in eager: it shows what each block writes.
+    """
+    if model.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return compiled(*args, **kwargs)
+    written = {r.cache_index: r.rows for r in routers(model).values() if r.cache_index is not None}
+    names = list(inspect.signature(model.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    if cache is None and written and CACHES[0] in names and CACHES[0] not in names[: len(args)]:
+        cache = _made_by_default(model, given)
+        kwargs = kwargs if cache is None else {**kwargs, CACHES[0]: cache}
+    tokens = next((t for t in given.values() if isinstance(t, Tensor) and t.ndim > 1), None)
+    if cache is None or tokens is None or not written:
+        return compiled(*args, **kwargs)
+    if None in written.values():
+        return model._call_impl(*args, **kwargs)
+    from fxopt.passes.mod_cache import ready
+
+    ready(cache, written, tokens.shape[0], tokens.shape[1])
+    return compiled(*args, **kwargs)
+
+
+def _made_by_default(model: nn.Module, given: dict[str, Any]) -> Any:
+    """The empty cache that a Hugging Face model makes for itself where it is given none; None where it makes none."""
+    config = getattr(model, "config", None)
+    use = given.get("use_cache")
+    if config is None or not (getattr(config, "use_cache", False) if use is None else use):
+        return None
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
 
 
 def _train(router: Router, block: Any, call: Call, score: Tensor, real: Tensor | None, residual: bool) -> Any:
@@ -107,15 +154,6 @@ def _first_column(cache: Any, index: int | None) -> Any:
     return layer.cumulative_length
 
 
-def _ready(cache: Any, index: int | None) -> Any:
-    """The routed layer of the cache where a graph can write it: it exists, with its tensors; else None."""
-    layer = _layer(cache, index)
-    if not getattr(layer, "routed", False) or not layer.is_initialized:
-        return None
-    # A growing cache has as many rows as were routed, which the host has to know.
-    return layer if layer.static and compat.cond_may_write() else None
-
-
 class Routed:
     """One call of a routed layer in eval: ``score: [B, S]``, ``member: [B, S]`` (bool), and the ways to compute it."""
 
@@ -155,13 +193,15 @@ class Routed:
         """The count is read on the host: the tokens that the longest row of the batch needs, or none at all."""
         warn_untrained(self.router)
         count = int(self.member.sum(1).max())
-        if self.router.extra is None:
-            count = max(count, 1)  # what the block returns is not known yet
+        if self.router.extra is None or not getattr(layer, "is_initialized", True):
+            count = max(count, 1)  # what the block returns, or what its rows of a cache look like, is not known yet
         selection = ascending(self.member, count)
         keys = None
         if layer is not None:
+            if not layer.static and layer.seen + self.length > layer.limit:
+                layer.reserve(self.length, count, int(layer.used.max()))
             keys = layer.advance(self.member, selection)
-            keys = keys._replace(cache=layer.writer(keys, selection))
+            keys = keys._replace(cache=Writer(layer, keys.own(selection)))
         if not count:
             return self.returned(self.declined())
         result = self.compute(selection, keys)
@@ -169,14 +209,9 @@ class Routed:
         return result
 
     @torch.compiler.disable
-    def on_host(self) -> Any:
-        """A graph break, and then eager."""
-        return self.exactly(None)
-
-    @torch.compiler.disable
     def on_host_with_cache(self, cache: Any) -> Any:
-        """The same, for a cache: its layer is put in place, and as many rows are written as there are tokens."""
-        from fxopt.passes.mod_cache import routed_layer
+        """For a cache, and a graph break: its layer is put in place, and has as many rows as there are tokens."""
+        from fxopt.passes.mod_cache import Rows, routed_layer
 
         index = self.router.cache_index
         if index is None:
@@ -184,40 +219,70 @@ class Routed:
                 f"the block of {self.router.path or 'a routed layer'} is given a cache and has no layer_idx that says "
                 "which of its layers."
             )
-        return self.exactly(routed_layer(cache, index, self.call.stream))
+        batch, tokens = self.member.shape
+        layer = routed_layer(cache, index, batch, self.member.device, tokens)
+        result = self.exactly(layer)
+        if self.router.rows is None:
+            keys = layer.keys
+            self.router.rows = Rows(keys.shape[1], keys.shape[3], layer.values.shape[3], keys.dtype, keys.device)
+        return result
 
     # -- in a graph -------------------------------------------------------------------------------------------------
 
-    def in_branches(self, layer: Any, keys: Keys | None = None) -> Any:
-        """Room for a little over the capacity, every token where that overflows."""
-        length, room = self.length, self.router.room(self.length)
+    def with_cache(self, layer: Any) -> Any:
+        """Places are written for all tokens here, keys and values by the part of the graph that computes them."""
         with marked(self.router.path):
-            whole = ascending(self.member, length)
-        index, valid = whole.places, whole.valid
-        assert valid is not None
+            selection = self._whole()
+            keys = layer.advance(self.member, selection)
+        return self.by_room(layer, keys)
 
+    def by_room(self, layer: Any, keys: Keys | None) -> Any:
+        """Room for a little over the capacity, every token where that overflows; of one token, itself or nothing."""
+        with marked(self.router.path):
+            whole = self._whole()
+        if self._host_decides():
+            return self.returned(self._in_branches(whole, layer, keys))
+        return self.returned(self._on_device(whole, layer, keys))
+
+    def _host_decides(self) -> bool:
+        if self.call.stream.device.type in DEVICE_DECIDES:
+            return False
+        # dynamic=True makes every float of the block an input, which Dynamo cannot share between two branches.
+        return compat.cond_may_write() and torch._dynamo.config.assume_static_by_default
+
+    def _in_branches(self, whole: Selection, layer: Any, keys: Keys | None) -> Tensor:
         def computed(count: int) -> Tensor:
             # Sliced in here: what a branch closes over must not share memory with what the other does.
-            few = Selection(index[:, :count], valid[:, :count], length)
-            return self.stream(few, keys if keys is None else keys._replace(cache=layer.writer(keys, few)))
+            few = whole.first(count)
+            return self.stream(few, keys and keys._replace(cache=Writer(layer, keys.own(few))))
 
+        length, room = self.length, self.router.room(self.length)
+        if length == 1:
+            return torch.cond(self.member.any(), lambda: computed(1), self.declined, ())
         if room == length:
-            return self.returned(computed(length))
+            return computed(length)
         fits = self.member.sum(1).max() <= room
-        return self.returned(torch.cond(fits, lambda: computed(room), lambda: computed(length), ()))
+        return torch.cond(fits, lambda: computed(room), lambda: computed(length), ())
 
-    def with_static(self, layer: Any) -> Any:
-        """A static cache: places are written for all tokens here, keys and values by the branch that runs."""
-        selection = self._only_token()
+    def _on_device(self, whole: Selection, layer: Any, keys: Keys | None) -> Tensor:
+        def computed(count: int, least: int) -> tuple[Tensor, Tensor]:
+            part = f"{self.router.path}:{count}"
+            few = whole.first(count)
+            with deciding(part):
+                needed = self.member.sum(1).max() > least
+            with only_if(part):
+                cache = Writer(layer, keys.own(few), needed if least else None) if keys else None
+                return self.stream(few, keys and keys._replace(cache=cache)), needed
+
+        length, room = self.length, self.router.room(self.length)
+        some, _ = computed(room, 0)
+        if room == length:
+            return some
+        every, needed = computed(length, room)
         with marked(self.router.path):
-            keys = layer.advance(self.member, selection)
-        if self.length > 1:
-            return self.in_branches(layer, keys)
+            return torch.where(needed, every, some)
 
-        def run() -> Tensor:
-            return self.stream(selection, keys._replace(cache=layer.writer(keys, selection)))
-
-        return self.returned(torch.cond(self.member.any(), run, self.declined, ()))
-
-    def _only_token(self) -> Selection:
-        return Selection(torch.zeros_like(self.member, dtype=torch.int64), self.member, self.length)
+    def _whole(self) -> Selection:
+        if self.length == 1:
+            return Selection(torch.zeros_like(self.member, dtype=torch.int64), self.member, self.length)
+        return ascending(self.member, self.length)

@@ -33,6 +33,10 @@ ROUTER = "_fxopt_router"
 """Attribute of a routed layer: its router, or None where routing was taken away again."""
 ROUTED = "fxopt.routed"
 """Key of the annotation on the nodes that gather and scatter a routed layer's tokens."""
+DECIDES = "fxopt.decides"
+"""Key of the annotation on the nodes that decide on the device whether a part of a routed layer is needed."""
+ONLY_IF = "fxopt.only_if"
+"""Key of the annotation on the nodes of that part."""
 
 
 class Router(nn.Module):
@@ -66,6 +70,8 @@ class Router(nn.Module):
         self.watched = False
         self.extra: int | None = None
         """What the block returns beside the stream, once it has run in eager: how many, 0 where it returns a tensor."""
+        self.rows: Any = None
+        """What the block writes into a KV cache for each token, once it has (``mod_cache.Rows``)."""
         self.observed: tuple[Tensor, Tensor, Tensor | None] | None = None
         """Of the last training forward: predictor logits, membership (bool), real tokens (bool); all [B, S]."""
         self.routes: Tensor | None = None
@@ -176,7 +182,18 @@ def _nothing() -> Iterator[None]:
 
 
 def marked(path: str) -> Any:
+    """Marks what moves tokens of the routed layer `path`."""
     return compat.annotate({ROUTED: path}) if torch.compiler.is_compiling() else _nothing()
+
+
+def deciding(part: str) -> Any:
+    """Marks what finds out whether `part` of a graph is needed: the last of these nodes, a 0-d bool, says it."""
+    return compat.annotate({DECIDES: part}) if torch.compiler.is_compiling() else _nothing()
+
+
+def only_if(part: str) -> Any:
+    """Marks what need not be computed where `part` is not needed; what comes out of it then is not looked at."""
+    return compat.annotate({ONLY_IF: part}) if torch.compiler.is_compiling() else _nothing()
 
 
 def warn_untrained(router: Router) -> None:

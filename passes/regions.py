@@ -40,6 +40,11 @@ class Selection(NamedTuple):
     length: int
     """S, the number of tokens to choose from."""
 
+    def first(self, count: int) -> Selection:
+        """The first `count` of them."""
+        valid = None if self.valid is None else self.valid[:, :count]
+        return Selection(self.places[:, :count], valid, self.length)
+
 
 class Keys(NamedTuple):
     """The keys a block attends to where it has a cache: what was written before, then this call's tokens."""
@@ -50,10 +55,37 @@ class Keys(NamedTuple):
     """Tokens before this call, a number, or a tensor without dimensions."""
     window: int | None
     """Sliding window in tokens, or None."""
-    cells: int | None = None
-    """K of a static cache, where the cell of a token is its place; None: rows stand in the order of writing."""
+    first: Tensor | None = None
+    """[B, 1], int64: the cell of the first selected token, the others follow; None: the cell of a token is its place."""
     cache: Any = None
     """What the block is given in place of the cache, or None for the cache itself."""
+
+    def own(self, selection: Selection) -> Tensor:
+        """[B, C], int64: the cell of each selected token."""
+        if self.first is None:
+            return selection.places + self.start
+        return self.first + torch.arange(selection.places.shape[1], device=self.first.device)
+
+
+class Writer:
+    """Stands for the cache of a layer in one call of its block: writes rows to given cells, ``cells: [B, C]``.
+
+    ``needed``: a 0-d bool, or None for yes; where it is False the cells stay what they are.
+    """
+
+    def __init__(self, layer: Any, cells: Tensor, needed: Tensor | None = None) -> None:
+        self.layer, self.cells, self.needed = layer, cells, needed
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """``keys, values: [B, H, C, D]``; rows of fillers are written as well, to cells of no token."""
+        layer: Any = self.layer
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        cells = self.cells[:, None, :, None]
+        for kept, new in ((layer.keys, keys), (layer.values, values)):
+            places = cells.expand_as(new)
+            kept.scatter_(2, places, new if self.needed is None else torch.where(self.needed, new, kept.gather(2, places)))
+        return layer.keys, layer.values
 
 
 def ascending(member: Tensor, count: int) -> Selection:
@@ -89,7 +121,8 @@ def padding(mask: Tensor | None, length: int, first: Any = None) -> Tensor | Non
     if mask.ndim == 2:
         return mask[:, -length:] != 0
     if first is None:
-        diagonal = mask.diagonal(offset=mask.shape[-1] - length, dim1=-2, dim2=-1)  # [B, H, S]
+        # Cut first: the offset of a diagonal would become a constant of the graph.
+        diagonal = mask[..., -length:].diagonal(dim1=-2, dim2=-1)  # [B, H, S]
     else:
         own = (torch.arange(length, device=mask.device) + first)[None, None, :, None]
         diagonal = mask.gather(3, own.expand(*mask.shape[:3], 1)).squeeze(3)
@@ -204,7 +237,8 @@ def _cut_mask(mask: Tensor, selection: Selection, keys: Keys | None) -> Tensor:
         return mask if valid is None else mask * valid
     batch, count = index.shape
     heads, width = mask.shape[1], mask.shape[3]
-    if keys is not None and keys.cells is not None and (width != keys.cells or keys.window is not None):
+    fixed = keys is not None and keys.first is None
+    if keys is not None and fixed and (width != keys.positions.shape[1] or keys.window is not None):
         # The mask of a sliding window that was moved along: what it says of padding, the written cells say too.
         own_mask = _own_mask(selection, keys)
         if mask.dtype == torch.bool:
@@ -215,7 +249,7 @@ def _cut_mask(mask: Tensor, selection: Selection, keys: Keys | None) -> Tensor:
     if keys is None:
         columns, visible = index, valid
         own: Tensor | None = None if valid is None else torch.eye(count, dtype=torch.bool, device=mask.device)[None]
-    elif keys.cells is not None:
+    elif fixed:
         columns, visible = None, keys.positions >= 0
         own = _own_rows(selection, keys)
     else:
@@ -235,13 +269,9 @@ def _cut_mask(mask: Tensor, selection: Selection, keys: Keys | None) -> Tensor:
 
 
 def _own_rows(selection: Selection, keys: Keys) -> Tensor:
-    """[1 | B, C, K], bool: the row of each selected entry itself among the keys."""
-    width = keys.positions.shape[1]
-    rows_of_keys = torch.arange(width, device=keys.positions.device)
-    if keys.cells is not None:
-        return rows_of_keys == (selection.places + keys.start)[:, :, None]
-    count = selection.places.shape[1]
-    return (rows_of_keys == torch.arange(count, device=rows_of_keys.device)[:, None] + (width - count))[None]
+    """[B, C, K], bool: the row of each selected entry itself among the keys."""
+    cells = torch.arange(keys.positions.shape[1], device=keys.positions.device)
+    return cells == keys.own(selection)[:, :, None]
 
 
 def _own_mask(selection: Selection, keys: Keys) -> Tensor:

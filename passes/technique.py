@@ -171,6 +171,13 @@ class Technique:
         Techniques that add parameters add them here; called again with the same setting it changes nothing.
         """
 
+    def called(self, model: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Called on the host in place of a model that ``fxopt.compile`` compiled: ``compiled`` enters the graphs.
+
+        For what has to be done to the arguments of a call and would break a graph, such as making room in a cache.
+        """
+        return compiled(*args, **kwargs)
+
     def prepare_class(self, cls: type[nn.Module]) -> None:
         """Hook before a class is decorated."""
 

@@ -56,6 +56,8 @@ def test_step_by_step_is_all_at_once(name, batch):
     """Prompt, a chunk of several tokens, then single tokens; Gemma 2 with its window of 8 filled and passed."""
     from transformers import DynamicCache
 
+    from fxopt.passes.mod_cache import GROWTH
+
     model, inputs = made(name, training=False, batch=batch, length=21, layers=(0, 1))
     ids = inputs["input_ids"]
     with torch.no_grad(), watching(model) as routes:
@@ -71,7 +73,7 @@ def test_step_by_step_is_all_at_once(name, batch):
             written = layer.positions[row][layer.positions[row] >= 0]
             assert written.tolist() == chosen[path][row].nonzero()[:, 0].tolist()
         if batch == 1:
-            assert layer.keys is None or layer.keys.shape[2] <= max(int(chosen[path].sum()), 1)
+            assert layer.keys.shape[2] <= int(chosen[path].sum()) + GROWTH
 
 
 def test_a_block_whose_rows_all_decline_is_not_run():
@@ -128,7 +130,10 @@ def test_generate_of_the_compiled_model(eager_lowering, cache):
     settings["cache_implementation"] = cache
     assert torch.equal(model.generate(inputs["input_ids"], **settings), expected)
     fxopt.compile(model)
-    assert torch.equal(model.generate(inputs["input_ids"], **settings), expected)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        assert torch.equal(model.generate(inputs["input_ids"], **settings), expected)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -153,10 +158,11 @@ def test_static_cache_step_by_step_is_all_at_once(name, batch):
             cache.reset()
 
 
+@pytest.mark.parametrize("kind", ["static", "growing"])
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled_decode_is_one_graph(eager_lowering, name):
-    """Steps on a cache that a prompt has filled: no graph break, the same logits as all at once, blocks skipped."""
-    from transformers import StaticCache
+def test_compiled_prompt_and_decode_are_whole_graphs(eager_lowering, name, kind):
+    """No graph break, the same logits as all at once, blocks skipped; Gemma 2 past its window of 8."""
+    from transformers import DynamicCache, StaticCache
 
     model, inputs = made(name, training=False, batch=2, length=16, layers=(0, 1))
     ids = inputs["input_ids"]
@@ -164,18 +170,49 @@ def test_compiled_decode_is_one_graph(eager_lowering, name):
         whole = model(input_ids=ids, use_cache=False).logits
         chosen = routes()
     declined = sum(int((~taken[:, 8:]).all(0).sum()) for taken in chosen.values())
+    pieces = [(0, 6), (6, 8), *((i, i + 1) for i in range(8, 16))]
     with torch.no_grad():
-        cache = StaticCache(config=model.config, max_cache_len=24)
-        model(input_ids=ids[:, :8], past_key_values=cache)
         fxopt.compile(model, strict=True)
+        model(input_ids=ids[:, :1])  # the first call with a cache is eager and shows what the blocks write
         torch._dynamo.utils.counters.clear()
-        found = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 16)]
-    torch.testing.assert_close(torch.cat(found, 1), whole[:, 8:], rtol=1e-4, atol=1e-4)
+        cache = StaticCache(model.config, max_cache_len=24) if kind == "static" else DynamicCache(config=model.config)
+        found = [model(input_ids=ids[:, a:b], past_key_values=cache).logits for a, b in pieces]
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
     remarks = [r for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"]
     assert {r.status for r in remarks} == {"applied"}
-    assert {r.message for r in remarks} == {"its predictor decides: a step in which every row declines skips the block"}
+    assert remarks[-1].message == "its predictor decides: a step in which every row declines skips the block"
     assert declined  # a step in which the block was skipped is among them
+
+
+def test_a_growing_cache_keeps_cells_for_routed_tokens_alone(eager_lowering, monkeypatch):
+    """Past its limit it is enlarged between two calls, with one look at the device, and no graph breaks."""
+    from transformers import DynamicCache
+
+    from fxopt.passes import mod_cache
+
+    monkeypatch.setattr(mod_cache, "GROWTH", 8)
+    model, inputs = made("llama", training=False, batch=2, length=64, layers=(1, 2), capacity=0.125)
+    routers(model)["model.layers.1"].logits = lambda x, score: score - score.new_tensor(1.0)
+    ids = inputs["input_ids"]
+    looks = []
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        fxopt.compile(model, strict=True)
+        model(input_ids=ids[:, :1])
+        torch._dynamo.utils.counters.clear()
+        cache = DynamicCache(config=model.config)
+        found = [model(input_ids=ids[:, :12], past_key_values=cache).logits]
+        for layer in cache.layers[1:3]:
+            monkeypatch.setattr(layer, "reserve", lambda *a, layer=layer, do=layer.reserve: (looks.append(layer), do(*a)))
+        found += [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(12, 64)]
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(fxopt.report(model).graphs) <= 4  # a prompt, a step, a step of symbolic lengths and sizes
+    routed = [layer for layer in cache.layers if getattr(layer, "routed", False)]
+    most = max(int(layer.counts.max()) for layer in routed)
+    assert most < 50 and {layer.keys.shape[2] for layer in routed} == {(most + 15) // 8 * 8}
+    assert len(looks) == 2 * 7  # both layers, at 12, 16, 24, ... 56
 
 
 def test_a_compiled_step_that_declines_does_not_run_the_block(eager_lowering):

@@ -77,7 +77,7 @@ def test_padding_is_what_may_not_see_itself():
 
 
 def test_a_mask_over_cached_rows_of_a_sliding_layer():
-    keys = Keys(torch.tensor([[2, 7, 10, 11], [-1, 9, 10, 12]]), start=10, window=4)
+    keys = Keys(torch.tensor([[2, 7, 10, 11], [-1, 9, 10, 12]]), start=10, window=4, first=torch.tensor([[2], [2]]))
     mask = torch.ones(B, 1, 3, 6, dtype=torch.bool)  # queries 10 to 12, columns 7 to 12
     mask = mask.tril(3)
     chosen = Selection(torch.tensor([[0, 1], [0, 2]]), None, 3)
