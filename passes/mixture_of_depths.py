@@ -10,7 +10,8 @@ matrix products have C rows, with autograd, for static and symbolic lengths::
     x' = scatter(x, index, h + r * (block(h) - h))    # [B, S, W]
 
 The pass has nothing to derive from a dense graph. It recognises what was routed, by annotations that the reference
-leaves on the graph, and tells what each layer computes; Inductor fuses gather, norm and scatter.
+leaves on the graph, tells what each layer computes, and hands to kernels what they do better than Inductor
+(:mod:`fxopt.passes.mod_rewrite`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import fx, nn
 from fxopt.passes.context import PassContext
 from fxopt.passes.mod_forward import called, routed_forward
 from fxopt.passes.mod_reference import (
+    ONLY_IF,
     ROUTED,
     ROUTER,
     ROUTERS,
@@ -35,6 +37,7 @@ from fxopt.passes.mod_reference import (
     routers,
     warn_untrained,
 )
+from fxopt.passes.mod_rewrite import fuse_movement, mark_of, marked_nodes, skip_where_not_needed
 from fxopt.passes.modules import ModuleStack, module_stacks
 from fxopt.passes.skip_reference import _blocks, _is_projection
 from fxopt.passes.streams import op_name
@@ -258,11 +261,7 @@ class MixtureOfDepths(Technique):
     # -- rewrite ------------------------------------------------------------------------------------------------
 
     def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
-        marked: dict[str, list[fx.Node]] = {}
-        for node in graph.nodes:
-            path = (node.meta.get("custom") or {}).get(ROUTED)
-            if path and context.covers(node):
-                marked.setdefault(path, []).append(node)
+        marked = marked_nodes(graph, context, ROUTED)
         if not marked and context.origin.startswith(("options", "path")):
             context.blocked(
                 "FX504", "", f"no layer of this graph has a router. Routers are parameters of the model: write {self}"
@@ -270,15 +269,21 @@ class MixtureOfDepths(Technique):
             )  # fmt: skip
         elif not marked:
             context.note("", "no routed layer in this graph; it is a part of a model that has some", code="FX105")
-        for path, nodes in marked.items():
-            message = _told(graph, nodes)
-            if message:
-                context.applied(path, message)
-            else:
+        told = {path: _told(graph, nodes) for path, nodes in marked.items()}
+        given = skip_where_not_needed(graph, context)
+        moved = fuse_movement(graph, context)
+        for path, message in told.items():
+            if not message:
                 context.note(
-                    path, "its predictor decides on the host, and the block runs in eager: the number of tokens, and "
-                    "of rows in a KV cache, is known there alone", code="FX604",
+                    path, "its predictor decides on the host, and the block runs in eager: gradients are recorded with "
+                    "a KV cache, or its layer of the cache is not in place yet", code="FX604",
                 )  # fmt: skip
+                continue
+            linears = [counts for part, counts in given.items() if part.rpartition(":")[0] == path]
+            if linears:
+                done, all_of_them = (sum(counts) for counts in zip(*linears, strict=True))
+                message += f"; {done} of {all_of_them} products read no weight where they are not needed"
+            context.applied(path, "; ".join([message, *sorted(set(moved.get(path, ())))]))
 
 
 def unroute(model: nn.Module) -> nn.Module:
@@ -345,15 +350,17 @@ def _load(chosen: nn.ModuleDict, file: str) -> None:
 
 def _told(graph: fx.Graph, nodes: list[fx.Node]) -> str:
     found = [size for node in nodes if (size := _gathered(node)) is not None]
-    if found:
+    on_device = any(mark_of(node, ONLY_IF) for node in nodes)
+    if found and not on_device:
         return f"{found[0][0]} of {found[0][1]} tokens are computed"
-    inside = [
+    inside = found or [
         size for branch in _branches(graph, nodes[-1]) for node in branch.graph.nodes if (size := _gathered(node))
     ]
+    decides = "its predictor decides, on the device" if on_device else "its predictor decides"
     if inside and inside[0][1] == 1:
-        return "its predictor decides: a step in which every row declines skips the block"
+        return f"{decides}: a step in which every row declines skips the block"
     if inside:
-        return f"its predictor decides: room for {inside[0][0]} of {inside[0][1]} tokens, all of them on overflow"
+        return f"{decides}: room for {inside[0][0]} of {inside[0][1]} tokens, all of them on overflow"
     return ""
 
 

@@ -23,7 +23,6 @@ from transformers.cache_utils import (
 from fxopt.passes.regions import Keys, Selection
 from fxopt.passes.technique import SettingError
 
-
 GROWTH = 64
 """Tokens after which a growing cache asks again how many of them were routed."""
 
@@ -39,7 +38,7 @@ class Rows(NamedTuple):
 
 
 class RoutedLayer(DynamicLayer):
-    """Keys and values of routed tokens alone, ``[B, H, K, D]``, with their places in the sequence, ``positions: [B, K]``.
+    """Keys and values of routed tokens alone, ``[B, H, K, D]``; ``positions: [B, K]``, their places in the sequence.
 
     To the rest of the model it looks as long as the sequence is (``get_seq_length``), so that masks are built in
     places of the sequence. Each row of the batch fills its cells one after the other, ``used: [B]`` of them; the others
@@ -95,7 +94,8 @@ class RoutedLayer(DynamicLayer):
             return
         self.positions = pad(self.positions, (0, more), value=-1)  # a copy, where it becomes smaller too
         if self.is_initialized:
-            self.keys, self.values = pad(self.keys, (0, 0, 0, more)), pad(self.values, (0, 0, 0, more))
+            for name in ("keys", "values"):
+                setattr(self, name, pad(getattr(self, name), (0, 0, 0, more)))
 
     def advance(self, member: Tensor, selection: Selection) -> Keys:
         """Before the block runs: the tokens of ``member: [B, S]`` were seen, the selected ones are written."""

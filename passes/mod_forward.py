@@ -265,8 +265,8 @@ class Routed:
         return torch.cond(fits, lambda: computed(room), lambda: computed(length), ())
 
     def _on_device(self, whole: Selection, layer: Any, keys: Keys | None) -> Tensor:
-        def computed(count: int, least: int) -> tuple[Tensor, Tensor]:
-            part = f"{self.router.path}:{count}"
+        def computed(count: int, least: int, name: str) -> tuple[Tensor, Tensor]:
+            part = f"{self.router.path}:{name}"
             few = whole.first(count)
             with deciding(part):
                 needed = self.member.sum(1).max() > least
@@ -275,10 +275,10 @@ class Routed:
                 return self.stream(few, keys and keys._replace(cache=cache)), needed
 
         length, room = self.length, self.router.room(self.length)
-        some, _ = computed(room, 0)
+        some, _ = computed(room, 0, "room")
         if room == length:
             return some
-        every, needed = computed(length, room)
+        every, needed = computed(length, room, "every token")
         with marked(self.router.path):
             return torch.where(needed, every, some)
 

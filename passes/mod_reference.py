@@ -166,7 +166,7 @@ def compute(
     result = block(*args, **kwargs)
     after = result[0] if isinstance(result, tuple) else result
     with marked(path):
-        weight = rows(score, index)[..., None].to(after.dtype)
+        weight = rows(score, index).to(after.dtype)[..., None]
         base = before if residual else torch.zeros_like(before)
         after = base + weight * (after - base if residual else after)
         if valid is not None:

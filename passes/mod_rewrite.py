@@ -147,6 +147,10 @@ def _fuse_gather(node: fx.Node, context: PassContext) -> bool:
     return True
 
 
+_READERS = ("linear", "addmm", "linear_if", "view", "size")
+"""What reads the result of a norm; a product may be given its rows in two dimensions."""
+
+
 def _norm_of(rows: fx.Node, context: PassContext) -> tuple[NormMatch, fx.Node] | None:
     """The norm that reads `rows`, and its result: what a linear reads."""
     position = {n: i for i, n in enumerate(context.graph.nodes)}
@@ -156,7 +160,7 @@ def _norm_of(rows: fx.Node, context: PassContext) -> tuple[NormMatch, fx.Node] |
         if node in seen or position[node] - begin > 40:
             continue
         seen.add(node)
-        if node is not rows and any(name_of(user) in ("linear", "addmm", "linear_if", "view", "size") for user in node.users):
+        if node is not rows and any(name_of(user) in _READERS for user in node.users):
             try:
                 match = match_norm(node)
             except Unsupported:
@@ -173,7 +177,7 @@ def _before(match: NormMatch, rows: fx.Node, position: dict[fx.Node, int]) -> bo
 
 
 def _fuse_scatter(node: fx.Node, context: PassContext) -> bool:
-    """``scatter(x, 1, index, [where(valid, ] rows + weight * (after - rows) [, rows)])``, as the reference writes it."""
+    """``scatter(x, 1, index, [where(valid,] rows + weight * (after - rows) [, rows)])``: the reference writes it so."""
     stream, index, new = node.args[0], _places(node.args[2]), node.args[3]
     chain = [node]
 

@@ -56,7 +56,7 @@ class Keys(NamedTuple):
     window: int | None
     """Sliding window in tokens, or None."""
     first: Tensor | None = None
-    """[B, 1], int64: the cell of the first selected token, the others follow; None: the cell of a token is its place."""
+    """[B, 1], int64: the cell of the first selected token; the others follow. None: a token's cell is its place."""
     cache: Any = None
     """What the block is given in place of the cache, or None for the cache itself."""
 
@@ -84,7 +84,9 @@ class Writer:
         cells = self.cells[:, None, :, None]
         for kept, new in ((layer.keys, keys), (layer.values, values)):
             places = cells.expand_as(new)
-            kept.scatter_(2, places, new if self.needed is None else torch.where(self.needed, new, kept.gather(2, places)))
+            if self.needed is not None:
+                new = torch.where(self.needed, new, kept.gather(2, places))
+            kept.scatter_(2, places, new)
         return layer.keys, layer.values
 
 

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch

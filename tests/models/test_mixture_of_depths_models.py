@@ -158,8 +158,17 @@ def test_static_cache_step_by_step_is_all_at_once(name, batch):
             cache.reset()
 
 
-@pytest.mark.parametrize("kind", ["static", "growing"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "growing"),
+        ("gemma2", "static"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("llama", "static"), ("gemma2", "growing"), ("qwen3", "growing"), ("qwen3", "static"), ("gpt2", "growing"),
+            ("gpt2", "static"),
+        )),
+    ],
+)  # fmt: skip
 def test_compiled_prompt_and_decode_are_whole_graphs(eager_lowering, name, kind):
     """No graph break, the same logits as all at once, blocks skipped; Gemma 2 past its window of 8."""
     from transformers import DynamicCache, StaticCache
@@ -204,14 +213,16 @@ def test_a_growing_cache_keeps_cells_for_routed_tokens_alone(eager_lowering, mon
         cache = DynamicCache(config=model.config)
         found = [model(input_ids=ids[:, :12], past_key_values=cache).logits]
         for layer in cache.layers[1:3]:
-            monkeypatch.setattr(layer, "reserve", lambda *a, layer=layer, do=layer.reserve: (looks.append(layer), do(*a)))
+            reserve = layer.reserve
+            monkeypatch.setattr(layer, "reserve", lambda *a, do=reserve: (looks.append(1), do(*a)))
         found += [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(12, 64)]
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert len(fxopt.report(model).graphs) <= 4  # a prompt, a step, a step of symbolic lengths and sizes
     routed = [layer for layer in cache.layers if getattr(layer, "routed", False)]
     most = max(int(layer.counts.max()) for layer in routed)
-    assert most < 50 and {layer.keys.shape[2] for layer in routed} == {(most + 15) // 8 * 8}
+    (cells,) = {layer.keys.shape[2] for layer in routed}
+    assert most < 40 and cells <= most + 16
     assert len(looks) == 2 * 7  # both layers, at 12, 16, 24, ... 56
 
 

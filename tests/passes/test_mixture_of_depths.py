@@ -418,16 +418,17 @@ def test_compiled_training_step_is_the_eager_one(eager_lowering, dynamic):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_eval_of_any_length(eager_lowering, dynamic):
-    """Under dynamic=True Dynamo cannot trace a block twice; the choice is then made on the host."""
+    """Under dynamic=True Dynamo cannot trace a block twice with floats in it; there is no branch then."""
     model, _ = made(training=False)
     fxopt.compile(model, dynamic=dynamic, strict=True)
     with torch.no_grad():
         for length in (12, 19, 26):
             ids = inputs_for("handwritten", model, length=length)["ids"]
             torch.testing.assert_close(model(ids), model.forward(ids), rtol=1e-5, atol=1e-5)
-    codes = {r.code for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"}
-    assert ("FX604" in codes) == bool(dynamic)
-    assert dynamic or len(fxopt.report(model).graphs) == 2
+    told = [r for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"]
+    assert {r.status for r in told} == {"applied"}
+    assert all(("on the device" in r.message) == bool(dynamic) for r in told)
+    assert len(fxopt.report(model).graphs) == 2
 
 
 @pytest.mark.parametrize("negated", [False, True])
