@@ -37,8 +37,15 @@ from fxopt.passes.mod_reference import (
     routers,
     warn_untrained,
 )
-from fxopt.passes.mod_rewrite import fuse_movement, mark_of, marked_nodes, skip_where_not_needed
+from fxopt.passes.mod_rewrite import (
+    fuse_movement,
+    mark_of,
+    marked_nodes,
+    neighbours_mixed,
+    skip_where_not_needed,
+)
 from fxopt.passes.modules import ModuleStack, module_stacks
+from fxopt.passes.nodes import name_of
 from fxopt.passes.skip_reference import _blocks, _is_projection
 from fxopt.passes.streams import op_name
 from fxopt.passes.technique import SettingError, Technique, nearest
@@ -273,6 +280,14 @@ class MixtureOfDepths(Technique):
         given = skip_where_not_needed(graph, context)
         moved = fuse_movement(graph, context)
         for path, message in told.items():
+            mixing = neighbours_mixed(graph, path)
+            if mixing is not None:
+                context.blocked(
+                    "FX209", mixing, f"{name_of(mixing)} in {path} mixes each token with its neighbours; those of a "
+                    "token picked out of the sequence are others; the model computes it so, in eager too. Route other "
+                    "layers (layers=...)"
+                )  # fmt: skip
+                continue
             if not message:
                 context.note(
                     path, "its predictor decides on the host, and the block runs in eager: gradients are recorded with "

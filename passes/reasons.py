@@ -136,6 +136,12 @@ _ALL = (
         "The KV cache of this layer is not written in a way the policy can keep right.",
         "Use StaticCache or DynamicCache.",
     ),
+    Reason(
+        "FX209",
+        "tokens are mixed",
+        "The block combines each token with its neighbours, which has no meaning for tokens picked out of a sequence.",
+        "Route other layers (layers=...), or a part without it (part='mlp').",
+    ),
     # FX3xx: legal, and predicted not to pay.
     Reason("FX301", "predicted slower", "The cost model expects no gain.", "The message gives the estimate."),
     Reason("FX302", "shape too small", "The work is too small to repay the overhead.", "Nothing to do."),

@@ -544,6 +544,43 @@ def test_blocks_that_mix_neighbours_are_refused():
         MixtureOfDepths(0.5, layers=(0,))(model)
 
 
+def test_a_forward_that_mixes_neighbours_is_blocked_with_the_reason(eager_lowering):
+    """Nothing but the captured graph shows a convolution that no module stands for."""
+
+    class Mixing(type(TINY["handwritten"]().layers[1])):
+        def forward(self, x):
+            kernel = torch.ones(64, 1, 3, device=x.device)
+            return x + nn.functional.conv1d(x.transpose(1, 2), kernel, padding=1, groups=64).transpose(1, 2)
+
+    model = TINY["handwritten"]()
+    model.layers[1] = Mixing(64, 4)
+    MixtureOfDepths(0.5)(model).train()
+    fxopt.compile(model)
+    with pytest.warns(UserWarning, match=r"FX209 conv1d in layers\.1 mixes each token with its neighbours"):
+        model(**inputs_for("handwritten", model))
+    with pytest.raises(Exception, match="FX209"):
+        fxopt.compile(model, strict=True)(**inputs_for("handwritten", model))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 16, 64])
+def test_lengths_that_equal_another_size(length):
+    """Batch 2, 4 heads, of 16 channels, width 64; of the selected tokens as many as heads or channels."""
+    model, _ = made("llama", capacity=0.25 if length > 4 else 1.0, layers=(1,))
+    layer, router = model.model.layers[1], routers(model)["model.layers.1"]
+    x = torch.randn(B, length, 64, generator=torch.Generator().manual_seed(length))
+    cos, sin = model.model.rotary_emb(x, position_ids=torch.arange(length)[None])
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        found = layer(x, attention_mask=mask, position_embeddings=(cos, sin))
+        for b in range(B):
+            chosen = router(x[b : b + 1])[0].argsort(descending=True)[: router.count(length)].sort().values
+            here = x[b : b + 1, chosen]
+            f = type(layer).forward(layer, here, position_embeddings=(cos[:, chosen], sin[:, chosen])) - here
+            expected = x[b].clone()
+            expected[chosen] += router(here)[0, :, None] * f[0]
+            torch.testing.assert_close(found[b], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_through_options_without_routers_it_says_what_to_write(eager_lowering):
     model = TINY["handwritten"]()
     ids = inputs_for("handwritten", model)["ids"]
