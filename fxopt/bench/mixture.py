@@ -27,7 +27,7 @@ from fxopt.bench.models import llama
 from fxopt.compiler import compile as fxopt_compile
 from fxopt.passes.mixture_of_depths import MixtureOfDepths
 from fxopt.passes.mod_counters import routing, watching
-from fxopt.passes.mod_reference import auxiliary_loss, routers
+from fxopt.passes.mod_reference import routers
 
 PEERS = ("dense, inductor", "dense, fxopt", "fxopt mixture_of_depths")
 GOAL = 1.5
@@ -125,7 +125,7 @@ def _decode(
     from transformers import StaticCache
 
     routed = MixtureOfDepths(capacity=CAPACITY, predictor="auxiliary")(copy.deepcopy(dense))
-    agreement = _train_predictors(routed, ids.shape[1], 40 if ids.shape[1] < 256 else 80)
+    agreement = _train_predictors(routed, ids.shape[1])
     exact = copy.deepcopy(dense)
     prompt, steps = ids[:, :-STEPS], ids[:, -STEPS:]
     peers = []
@@ -167,22 +167,43 @@ def _steps(model: Any, cache: Any, tokens: torch.Tensor, start: int) -> torch.Te
         return torch.cat([output.last_hidden_state.clone() for output in given], 1)
 
 
-def _train_predictors(model: Any, length: int, steps: int) -> float:
-    """Train the predictors, behind their stop-gradient, on random tokens; how often they then agree with the top C."""
-    model.train()
-    predictors: list[Any] = [router.predictor for router in routers(model).values()]
-    optimizer = torch.optim.Adam([p for predictor in predictors for p in predictor.parameters()], lr=3e-3)
+def _train_predictors(model: Any, length: int) -> float:
+    """Train the predictors, behind their stop-gradient, on random tokens; how often they agree with the top C of others.
+
+    Nothing before a predictor learns, so what it is given and asked for is collected once.
+    """
     generator = torch.Generator(model.device).manual_seed(1)
-    agreements = []
-    for _ in range(steps):
-        ids = torch.randint(0, 1000, (1, length), device=model.device, generator=generator)
-        model.forward(input_ids=ids, use_cache=False)
-        seen = [router.observed for router in routers(model).values()]
-        agreements = [((logits > 0) == member).float().mean() for logits, member, _ in filter(None, seen)]
-        optimizer.zero_grad()
-        auxiliary_loss(model).backward()
-        optimizer.step()
+    sequences = [torch.randint(0, 1000, (1, length), device=model.device, generator=generator) for _ in range(25)]
+    given: dict[str, list[torch.Tensor]] = {path: [] for path in routers(model)}
+    asked: dict[str, list[torch.Tensor]] = {path: [] for path in routers(model)}
+    hooks = []
+    for path, router in routers(model).items():
+        predictor: Any = router.predictor
+        hooks.append(predictor.register_forward_pre_hook(lambda _, args, path=path: given[path].append(args[0][0])))
+    model.train()
+    with torch.no_grad(), watching(model) as routes:
+        for ids in sequences:
+            model.forward(input_ids=ids, use_cache=False)
+            for path, member in routes().items():
+                asked[path].append(member[0].float())
     model.eval()
+    for hook in hooks:
+        hook.remove()
+    agreements = []
+    for path, router in routers(model).items():
+        predictor = router.predictor
+        x, wanted = torch.cat(given[path][:-1]), torch.cat(asked[path][:-1])
+        predictor[0].weight.data /= x.std()  # a stream at its initialisation is small
+        optimizer = torch.optim.Adam(predictor.parameters(), lr=3e-3)
+        with torch.enable_grad():
+            for _ in range(200):
+                few = torch.randint(0, len(x), (512,), device=x.device, generator=generator)
+                logits = predictor(x[few]).squeeze(-1)
+                optimizer.zero_grad()
+                nn.functional.binary_cross_entropy_with_logits(logits, wanted[few]).backward()
+                optimizer.step()
+        agreements.append(((predictor(given[path][-1]).squeeze(-1) > 0) == (asked[path][-1] > 0)).float().mean())
+        router.trained = True
     return float(torch.stack(agreements).mean())
 
 
