@@ -45,7 +45,7 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
     routed = technique(copy.deepcopy(dense))
     ids = torch.randint(0, 1000, (1, tokens), device=device, generator=torch.Generator(device).manual_seed(0))
     share = _operations(routed, ids) / _operations(dense, ids)
-    references = [Peer("eager", lambda m=m: None, lambda m=m: _forward(m.forward, ids)) for m in (dense, routed)]
+    references = [Peer("eager", lambda: None, functools.partial(_forward, m.forward, ids)) for m in (dense, routed)]
     dense.compile(backend="inductor")
     fxopt_compile(exact)
     fxopt_compile(routed, strict=True)
@@ -168,7 +168,7 @@ def _steps(model: Any, cache: Any, tokens: torch.Tensor, start: int) -> torch.Te
 
 
 def _train_predictors(model: Any, length: int) -> float:
-    """Train the predictors, behind their stop-gradient, on random tokens; how often they agree with the top C of others.
+    """Train the predictors, behind their stop-gradient, on random tokens; how often they then agree with the top C.
 
     Nothing before a predictor learns, so what it is given and asked for is collected once.
     """
@@ -179,7 +179,8 @@ def _train_predictors(model: Any, length: int) -> float:
     hooks = []
     for path, router in routers(model).items():
         predictor: Any = router.predictor
-        hooks.append(predictor.register_forward_pre_hook(lambda _, args, path=path: given[path].append(args[0][0])))
+        keep = given[path].append
+        hooks.append(predictor.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0][0])))
     model.train()
     with torch.no_grad(), watching(model) as routes:
         for ids in sequences:
@@ -202,7 +203,8 @@ def _train_predictors(model: Any, length: int) -> float:
                 optimizer.zero_grad()
                 nn.functional.binary_cross_entropy_with_logits(logits, wanted[few]).backward()
                 optimizer.step()
-        agreements.append(((predictor(given[path][-1]).squeeze(-1) > 0) == (asked[path][-1] > 0)).float().mean())
+        chosen = predictor(given[path][-1]).squeeze(-1) > 0
+        agreements.append((chosen == (asked[path][-1] > 0)).float().mean())
         router.trained = True
     return float(torch.stack(agreements).mean())
 
