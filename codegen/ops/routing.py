@@ -15,12 +15,15 @@ the shapes; elsewhere the PyTorch bodies. Mixture of depths: Raposo et al., arXi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fxopt.codegen.kernels import Unsupported
+from fxopt.codegen.kernels import routing as kernels
 from fxopt.codegen.kernels.gemm import Norm
 from fxopt.codegen.ops import LIBRARY
 
@@ -149,6 +152,24 @@ for _name, _schema, _body, _fake in (
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxopt::{_name}", _fake, lib=LIBRARY)
+
+
+def _on_gpu(kernel: Callable[..., Any], body: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, or the body (which may wait for the device) for what it does not take."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return kernel(*args, **kwargs)
+        except Unsupported:
+            return body(*args, **kwargs)
+
+    return run
+
+
+for _name, _body in (
+    ("gather_norm", gather_norm), ("scatter_residual", scatter_residual), ("linear_if", linear_if),
+):  # fmt: skip
+    LIBRARY.impl(_name, _on_gpu(getattr(kernels, _name), _body), "CUDA")
 torch.library.register_autograd(
     "fxopt::gather_norm", _gather_norm_backward, setup_context=_gather_norm_setup, lib=LIBRARY
 )
