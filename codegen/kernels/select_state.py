@@ -97,6 +97,7 @@ FEATURES = '''
 coded     | @triton.jit
 coded     | def code(value, scale):
 coded     |     """The nearest whole number, halves to even: float32 has no room for more at this size."""
+coded     |     scale = tl.maximum(scale, 1.1754943508222875e-38)  # all zeros
 coded     |     return (value / scale[:, None] + 12582912.0) - 12582912.0
 coded     |
 coded     |
@@ -142,7 +143,6 @@ channels  |     channel = tl.load(channels + pair % kv_heads * C + c, mask=c < C
 !coded    |         tl.store(features + row[:, None] * columns + n[None, :], value, mask=live)
 eight     |         value = value.to(tl.float32)
 eight     |         scale = tl.max(tl.abs(value), 1) / $LEVELS
-eight     |         scale = tl.where(scale == 0.0, 1.0, scale)
 eight     |         tl.store(features + row[:, None] * columns + n[None, :], code(value, scale).to(tl.int8), mask=live)
 four      |         # Two neighbours a byte, the even position in the low half.
 four      |         byte = start // 2 + tl.arange(0, TILE // 2)
@@ -153,7 +153,6 @@ four      |         both = live & (n + 1 < last)[None, :]
 four      |         odd_at = at + (n + 1).to(tl.int64)[None, :] * key_position
 four      |         odd = tl.load(odd_at, mask=both, other=0.0).to(tl.float32)
 four      |         scale = tl.maximum(tl.max(tl.abs(even), 1), tl.max(tl.abs(odd), 1)) / $LEVELS
-four      |         scale = tl.where(scale == 0.0, 1.0, scale)
 four      |         packed = (code(even, scale) + 8.0 + 16.0 * (code(odd, scale) + 8.0)).to(tl.int32)
 four      |         tl.store(features + row[:, None] * columns + byte[None, :], packed.to(tl.uint8), mask=live)
 coded     |         tl.store(scales + row * $SCALES + start // TILE, scale, mask=c < C)

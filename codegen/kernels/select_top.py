@@ -67,9 +67,10 @@ extent   |     used = tl.minimum((tl.maximum(end, 0) + $BLOCK - 1) // $BLOCK, bl
          |
          |
          | @triton.jit
-         | def wanted(count, head):
+         | def wanted(count, head$LIMITS):
          |     limit = count
-limits   | $LIMITS
+limits   | $CHOICE
+limits   |     limit = tl.minimum(limit, count)
          |     return limit
          |
          |
@@ -96,7 +97,7 @@ limits   | $LIMITS
          |         tl.store(index + start + n, tl.full([TILE], -1, tl.int64), mask=start + n < count)
          |
          |
-         | @triton.jit(do_not_specialize=["blocks", "least", "count"])
+         | @triton.jit(do_not_specialize=["blocks", "least", "count"$NAMES])
          | def choose_row(
          |     scores,  # [B, Hkv, >= N]
          |     bias,  # [B or 1, N]
@@ -107,6 +108,7 @@ extent   |     extent,  # [], filled positions
          |     least,  # up to so many filled positions nothing is chosen
          |     count,  # K
          |     kv_heads,
+limits   | $ARGUMENTS
          |     scores_row,
          |     bias_row,
          |     TILE: tl.constexpr = $TILE,
@@ -118,7 +120,7 @@ extent   |     extent,  # [], filled positions
          |     used = blocks_in_use($EXTENT, blocks, least)
          |     n = tl.arange(0, TILE)
          |     threshold = tl.cast(0, tl.uint32)
-         |     remaining = wanted(count, pair % kv_heads)
+         |     remaining = wanted(count, pair % kv_heads$LIMITS)
          |     for level in tl.static_range(4):
          |         counts = tl.zeros([256], tl.int32)
          |         for start in tl.range(0, used, TILE):
@@ -155,7 +157,7 @@ extent   |     extent,  # [], filled positions
          |     return threshold, remaining
          |
          |
-         | @triton.jit(do_not_specialize=["blocks", "least", "count", "level", "chunks"])
+         | @triton.jit(do_not_specialize=["blocks", "least", "count", "level", "chunks"$NAMES])
          | def count_digits(
          |     scores,  # [B, Hkv, >= N]
          |     bias,  # [B or 1, N]
@@ -166,6 +168,7 @@ extent   |     extent,
          |     least,
          |     count,
          |     kv_heads,
+limits   | $ARGUMENTS
          |     scores_row,
          |     bias_row,
          |     chunks,
@@ -179,7 +182,7 @@ extent   |     extent,
          |     bias += pair // kv_heads * bias_row
          |     used = blocks_in_use($EXTENT, blocks, least)
          |     threshold, remaining = digits_so_far(
-         |         counts, state, pair, level, chunks, wanted(count, pair % kv_heads)
+         |         counts, state, pair, level, chunks, wanted(count, pair % kv_heads$LIMITS)
          |     )
          |     if chunk == 0:
          |         tl.store(state + (pair * 4 + level) * 2, threshold.to(tl.int32, bitcast=True))
@@ -196,7 +199,7 @@ extent   |     extent,
          |     tl.store(counts + ((pair * 4 + level) * chunks + chunk) * 256 + tl.arange(0, 256), own)
          |
          |
-         | @triton.jit(do_not_specialize=["blocks", "least", "count", "chunks"])
+         | @triton.jit(do_not_specialize=["blocks", "least", "count", "chunks"$NAMES])
          | def place_chunks(
          |     scores,
          |     bias,
@@ -209,6 +212,7 @@ extent   |     extent,
          |     least,
          |     count,
          |     kv_heads,
+limits   | $ARGUMENTS
          |     scores_row,
          |     bias_row,
          |     chunks,
@@ -252,19 +256,22 @@ class TopBlocks:
     """Positions of a block."""
     has_extent: bool = False
     """A device tensor says how many positions are filled; blocks beyond are not looked at."""
-    limits: tuple[int, ...] = ()
-    """Entries of the list of each KV head; empty: as many as the list is long."""
+    kinds: tuple[int, ...] = ()
+    """For each KV head, which of several limits its list has; empty: every list is as long as there is room."""
 
 
 @functools.cache
 def source(desc: TopBlocks) -> str:
     """The Triton module of a variant."""
-    lines = [f"    limit = tl.where(head == {h}, {n}, limit)" for h, n in enumerate(desc.limits)]
+    limits = [f"limit{i}" for i in range(max(desc.kinds, default=-1) + 1)]
+    choice = [f"    limit = tl.where(head == {head}, limit{kind}, limit)" for head, kind in enumerate(desc.kinds)]
     values = {
         "BLOCK": desc.block, "TILE": TILE, "CHUNKS": MAX_CHUNKS, "EXTENT": "extent" if desc.has_extent else "0",
-        "LIMITS": "\n".join([*lines, "    limit = tl.minimum(limit, count)"]),
+        "LIMITS": "".join(f", {name}" for name in limits), "CHOICE": "\n".join(choice),
+        "ARGUMENTS": "\n".join(f"    {name},  # entries of some heads' lists" for name in limits),
+        "NAMES": "".join(f', "{name}"' for name in limits),
     }  # fmt: skip
-    return fill(TEMPLATE, {"extent": desc.has_extent, "limits": bool(desc.limits)}, values)
+    return fill(TEMPLATE, {"extent": desc.has_extent, "limits": bool(desc.kinds)}, values)
 
 
 @functools.cache
@@ -319,12 +326,15 @@ def choose(
     chunks = chunks_for(rows, blocks, scores.device) if chunks is None else chunks
     if not 1 <= chunks <= MAX_CHUNKS:
         raise ValueError(f"choose: {chunks} chunks; allowed are 1 to {MAX_CHUNKS}")
-    functions = kernels(TopBlocks(block, extent is not None, tuple(limits)))
+    # Their values change from step to step where a cache grows; which heads share one does not.
+    distinct = list(dict.fromkeys(limits))
+    functions = kernels(TopBlocks(block, extent is not None, tuple(distinct.index(limit) for limit in limits)))
     given: dict[str, Any] = {
         "scores": scores, "bias": bias, "index": index, "valid": valid, "extent": extent, "blocks": blocks,
         "least": least, "count": count, "kv_heads": heads, "scores_row": columns,
         "bias_row": blocks if bias.shape[0] > 1 else 0, "chunks": chunks, "TILE": TILE,
     }  # fmt: skip
+    given |= {f"limit{i}": limit for i, limit in enumerate(distinct)}
     if chunks == 1:
         launch(functions["choose_row"], (rows,), given, scores, num_warps=WARPS)
         return index, valid

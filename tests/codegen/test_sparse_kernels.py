@@ -166,8 +166,8 @@ def test_source_holds_only_what_the_variant_needs() -> None:
     for word in ("valid", "whole_heads", "// 16"):
         assert word in rich, word
     assert "index" not in source(DecodeAttention(torch.float16, 64, 4))
-    limited = select_top.source(TopBlocks(16, True, (3, 9)))
-    assert "tl.where(head == 1, 9, limit)" in limited
+    limited = select_top.source(TopBlocks(16, True, (0, 1)))
+    assert "tl.where(head == 1, limit1, limit)" in limited
     assert "tl.load(extent)" not in select_top.source(TopBlocks())
 
 
