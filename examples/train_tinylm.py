@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fxopt.codegen.files import whole_file, write_whole
 from fxopt.tinylm import corpus
+from fxopt.tinylm.haystack import Batch, haystack, spread
 from fxopt.tinylm.needle import planted
 from fxopt.tinylm.training import (
     LONG,
@@ -121,10 +122,17 @@ class Feeder:
         self.cursor += 1
         return self.stream[start : start + length + 1]
 
-    def batch(self, step: int, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [B, T + 1], and which of the T predictions count [B, T]."""
+    def batch(self, step: int, progress: float) -> Batch:
+        """The batch of one step."""
         recipe = self.recipe
         rng = random.Random(recipe.seed * 1_000_003 + step)
+        if recipe.tails:
+            length = recipe.long if step % recipe.long_every == 0 else at(recipe.contexts, progress)
+            texts = [self.window(length, rng).tolist() for _ in range(max(1, recipe.tokens // length))]
+            starts = [slot * length for slot in spread(len(texts), recipe.long // length, rng)]
+            return haystack(
+                self.tokenizer, texts, starts, recipe.tails, recipe.tail, recipe.answer_weight, recipe.alone, rng
+            )
         length, share, spans = at(recipe.contexts, progress), at(recipe.planted, progress), 1 / 3
         if progress >= recipe.contexts[-1][0]:
             share, spans = 0.9, 0.1
@@ -144,7 +152,11 @@ class Feeder:
                 counts[: period - 1] = 0.0
             rows.append(ids)
             scored.append(counts)
-        return torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(scored))
+        ids, positions = torch.from_numpy(np.stack(rows)), torch.arange(length)
+        if rng.random() < at(recipe.gap, progress):
+            cut = rng.randrange(length // 8, length)
+            positions[cut:] += rng.randrange(recipe.reach - length + 1)
+        return Batch(ids[:, :-1], ids[:, 1:], torch.from_numpy(np.stack(scored)), positions)
 
 
 def choose_exit(depth: int, layers: int, rng: random.Random) -> int:
@@ -169,7 +181,9 @@ class State:
         named = dict(self.model.named_parameters())
         matrices = [n for n, p in named.items() if p.dim() == 2 and "layers" in n]
         self.rest = [p for n, p in named.items() if n not in matrices]
-        self.muon = Muon([named[n] for n in matrices], [rate_multiple(recipe, n) for n in matrices])
+        multiples = [rate_multiple(recipe, n) for n in matrices]
+        kind = torch.bfloat16 if recipe.half else torch.float32
+        self.muon = Muon([named[n] for n in matrices], multiples, dtype=kind)
         self.adam = torch.optim.AdamW(self.rest, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
         self.feeder = Feeder(recipe, self.tokenizer, stream)
         self.step, self.elapsed, self.tokens = 0, 0.0, 0
@@ -205,24 +219,20 @@ def train_step(state: State, trunk: Trunk, progress: float) -> None:
     """One step at a fraction of the training; the learning rates fall linearly to a fiftieth."""
     recipe, model = state.recipe, state.model
     rng = random.Random(f"{recipe.seed}/{state.step}")
-    ids, scored = state.feeder.batch(state.step, progress)
+    batch = state.feeder.batch(state.step, progress)
     depth = at(recipe.growth, progress)
     exit_at = choose_exit(depth, recipe.layers, rng)
     rise = math.log(2) / (recipe.layers - 1)
     chances = [recipe.dropout * (math.exp(i * rise) - 1) for i in range(depth)]
     dropped = {i for i, chance in enumerate(chances) if rng.random() < chance and i + 1 != exit_at}
-    positions = torch.arange(ids.shape[1] - 1)
-    if rng.random() < at(recipe.gap, progress):
-        cut = rng.randrange(len(positions) // 8, len(positions))
-        positions[cut:] += rng.randrange(recipe.reach - len(positions) + 1)
-    last, early = trunk(ids[:, :-1], positions, depth, dropped, exit_at)
-    targets = ids[:, 1:].flatten()
+    last, early = trunk(batch, depth, dropped, exit_at)
+    targets, weights = batch.targets.flatten(), batch.weights.flatten()
     loss, full, exit_loss = HeadLoss.apply(
-        last.flatten(0, 1), early.flatten(0, 1), model.model.embed_tokens.weight, targets, scored.flatten(),
+        last.flatten(0, 1), early.flatten(0, 1), model.model.embed_tokens.weight, targets, weights,
         min(recipe.exit_rows, len(targets)), recipe.exit_weight,
     )  # fmt: skip
     loss.backward()
-    rate = min(1.0, (progress + 1e-4) / recipe.warmup) * float(np.interp(progress, *zip(*recipe.rates, strict=True)))
+    rate = min(1.0, (state.step + 1) / recipe.warmup) * float(np.interp(progress, *zip(*recipe.rates, strict=True)))
     torch.nn.utils.clip_grad_norm_(state.rest, 1.0)
     for group in state.adam.param_groups:
         group["lr"] = recipe.adam_lr * rate
@@ -232,8 +242,7 @@ def train_step(state: State, trunk: Trunk, progress: float) -> None:
         p.grad = None
     state.step += 1
     state.tokens += len(targets)
-    length = ids.shape[1] - 1
-    state.history.append((state.step, round(state.elapsed, 1), state.tokens, length, depth, round(full.item(), 4),
+    state.history.append((state.step, round(state.elapsed, 1), state.tokens, batch.length, depth, round(full.item(), 4),
                           exit_at, round(exit_loss.item(), 4)))  # fmt: skip
 
 

@@ -57,11 +57,19 @@ def techniques_of(settings: list[str] | None) -> list[Technique]:
 def demo(
     model: Model = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to show.")] = 48,
+    full: Annotated[
+        bool, typer.Option("--full", help="Measure tokens per second against context instead, with a picture.")
+    ] = False,
 ) -> None:
     from fxopt import demonstration
 
+    if full and model is not None:
+        fail("--full measures the model that ships with fxopt; give either a model or --full.")
     try:
-        demonstration.run(model, shown=tokens)
+        if full:
+            demonstration.measure_contexts()
+        else:
+            demonstration.run(model, shown=tokens)
     except (SettingError, OSError, ImportError) as error:
         fail(str(error))
 
@@ -166,7 +174,7 @@ def evaluate(
 
 @app.command(help=COMMANDS["bench"])
 def bench(
-    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step, sparse, recorder.")],
+    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step, context, sparse, recorder.")],
     technique: Annotated[str, typer.Option(help="For depth: the technique to measure.")] = "layer_skip",
     device: Device = "cpu",
     quick: Quick = False,

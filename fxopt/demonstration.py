@@ -6,26 +6,29 @@ from typing import Any
 
 import torch
 
-from fxopt.compiler import compile as fxopt_compile
-from fxopt.meaning import shared_copy
 from fxopt.passes.early_exit import EarlyExit
 from fxopt.passes.layer_skip import LayerSkip
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.technique import Technique
 from fxopt.reporting import report
+from fxopt.scoring import prompt_in_eager
 
 CONTEXT = 512
 """Tokens of a window: half of them are the prompt, the rest is written or scored token by token."""
 WRITTEN = CONTEXT // 2 + 1
-"""Tokens after the prompt, in text, score and timing alike: one cache size, so that each graph compiles once."""
+"""Tokens after the prompt, in text and score; all caches are made for as many, so that each graph compiles once."""
+STEPS, ROUNDS = 40, 5
+"""Decode steps of a timed round, and rounds; the ways take turns."""
 
 
 def run(model_name: str | None = None, *, shown: int = 48, page: str = "fxopt-report.html") -> None:
     """Print the demo. `model_name`: a Hugging Face folder or hub name; default: the model that ships with fxopt. Of the
     text that it writes the first `shown` tokens are printed.
 
-    Generates a continuation of a held-out text in eager PyTorch and through fxopt, whose tokens have to be identical,
-    then scores and times the exact rewrites and two approximate techniques against eager and Inductor.
+    Scores and times the exact rewrites and two approximate techniques against eager and Inductor, then generates a
+    continuation of a held-out text in eager PyTorch and through the exact rewrites, whose tokens have to be identical.
+    Everywhere the prompt is read in eager PyTorch: what is compiled, and so what the first minutes go to, is the decode
+    step of each way.
     """
     from fxopt import tinylm
     from fxopt.evaluation import evaluate, load_model
@@ -34,24 +37,48 @@ def run(model_name: str | None = None, *, shown: int = 48, page: str = "fxopt-re
     text = tinylm.HELDOUT.read_text(encoding="utf-8")
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{model_name or 'tinylm (ships with fxopt)'}: {size:.1f} million parameters, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")  # fmt: skip
-    compiled = fxopt_compile(shared_copy(model))
-    prompt = torch.tensor([tokenizer.encode(text[: 8 * CONTEXT])[: CONTEXT // 2]])
-    # Dynamo counts the graphs of all copies of a model together.
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
-        expected, found = (_generate(way, prompt) for way in (model, compiled))
-    print(f"--- the last lines of a prompt of {prompt.shape[1]} tokens\n{_last_lines(tokenizer.decode(prompt[0]))}")
-    print(f"--- fxopt.compile(model) writes\n{tokenizer.decode(found[0, prompt.shape[1] :][:shown])}")
-    print(f"--- {WRITTEN} tokens identical to eager PyTorch: {'yes' if torch.equal(expected, found) else 'NO'}\n")
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)  # fmt: skip
     table = evaluate(
         model, text, (), *techniques(model, trained=model_name is None), tokenizer=tokenizer, context=CONTEXT,
-        limit=CONTEXT // 2, decode_steps=WRITTEN - 1, rounds=1,
+        limit=CONTEXT // 2, decode_steps=STEPS, rounds=ROUNDS, compile_prompt=False,
     )  # fmt: skip
-    print(f"{table}\n\n{report(compiled).summary()}")
+    print(f"{table}\n")
+    compiled = table.models["fxopt"]
+    prompt = torch.tensor([tokenizer.encode(text[: 8 * CONTEXT])[: CONTEXT // 2]])
+    expected, found = (_generate(way, prompt) for way in (model, compiled))
+    print(f"--- the last lines of a prompt of {prompt.shape[1]} tokens\n{_last_lines(tokenizer.decode(prompt[0]))}")
+    print(f"--- fxopt.compile(model) writes\n{tokenizer.decode(found[0, prompt.shape[1] :][:shown])}")
+    same = torch.equal(expected, found)
+    print(f"--- {WRITTEN} tokens identical to eager PyTorch: {'yes' if same else 'NO'}\n\n{report(compiled).summary()}")
     try:
         print(f"\nreport: {report(compiled).to_html(page)}")
     except ImportError as error:
         print(f"\nno page: {error}")
+    if model_name is None:
+        print(f"\n{_kept_contexts()}")
+
+
+def measure_contexts(picture_path: str = "fxopt-contexts.png") -> None:
+    """Measure tokens per second against the length of the context again (`fxopt demo --full`), print it and draw it."""
+    from fxopt.bench import context, load_suite
+
+    result = load_suite("context")().to_dict()
+    print(context.lines(result))
+    try:
+        context.picture(result, picture_path)
+        print(f"picture: {picture_path}")
+    except ImportError as error:
+        print(f"no picture: {error}")
+
+
+def _kept_contexts() -> str:
+    """What the length of the context does to the same ways, from the result that is kept."""
+    from fxopt.bench import context, kept
+
+    try:
+        return f"{context.lines(kept.newest('context'))}, kept; fxopt demo --full measures it here"
+    except FileNotFoundError as error:
+        return str(error)
 
 
 def techniques(model: Any, trained: bool) -> tuple[Technique, ...]:
@@ -66,10 +93,13 @@ def techniques(model: Any, trained: bool) -> tuple[Technique, ...]:
 
 
 def _generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
-    return model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=WRITTEN, min_new_tokens=WRITTEN,
-        do_sample=False, cache_implementation="static", disable_compile=True, pad_token_id=0,
-    )  # fmt: skip
+    with torch.no_grad(), prompt_in_eager() as follow:
+        written: torch.Tensor = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=WRITTEN, min_new_tokens=WRITTEN,
+            do_sample=False, cache_implementation="static", disable_compile=True, pad_token_id=0,
+            logits_processor=[follow],
+        )  # fmt: skip
+    return written
 
 
 def _last_lines(text: str, lines: int = 8) -> str:

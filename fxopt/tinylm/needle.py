@@ -40,7 +40,7 @@ def pairs_of(rng: random.Random, count: int) -> list[tuple[str, str]]:
     return [(key, rng.choice(WORDS)) for key in rng.sample(WORDS, count)]
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def ids_of(tokenizer: Any, text: str) -> list[int]:
     """The ids of `text` with no special token, for a transformers or a tokenizers tokenizer."""
     encoded = tokenizer.encode(text, add_special_tokens=False)
     return list(encoded.ids if hasattr(encoded, "ids") else encoded)
@@ -57,8 +57,8 @@ def make_needle(tokenizer: Any, filler: Sequence[int], context: int, seed: int, 
     rng = random.Random(seed)
     pairs = pairs_of(rng, needles)
     key, value = pairs[0]
-    lines = [_encode(tokenizer, f"\nKEY {k} {v}\n") for k, v in pairs]
-    question, answer = _encode(tokenizer, f"\nKEY {key}"), _encode(tokenizer, f" {value}")
+    lines = [ids_of(tokenizer, f"\nKEY {k} {v}\n") for k, v in pairs]
+    question, answer = ids_of(tokenizer, f"\nKEY {key}"), ids_of(tokenizer, f" {value}")
     room = context - len(question) - len(answer) - sum(map(len, lines))
     if room < needles + 1:
         raise ValueError(
@@ -84,7 +84,7 @@ def needle_task(
     tokenizer: Any, filler: str, context: int, count: int, seed: int = 0, needles: int = 1
 ) -> Iterator[Needle]:
     """`count` prompts of `context` tokens over the text `filler`, the same for the same seed."""
-    ids = _encode(tokenizer, filler)
+    ids = ids_of(tokenizer, filler)
     for index in range(count):
         yield make_needle(tokenizer, ids, context, seed * 1_000_003 + index, needles)
 
@@ -108,7 +108,7 @@ def planted(
         start = rng.randrange(max(1, len(hay) - span))
         at = rng.randrange(start + span, len(hay) + 1)
         return (hay[:at] + hay[start : start + span] + hay[at:])[:length]
-    lines = [_encode(tokenizer, f"\nKEY {key} {value}\n") for key, value in pairs_of(rng, len(WORDS))]
+    lines = [ids_of(tokenizer, f"\nKEY {key} {value}\n") for key, value in pairs_of(rng, len(WORDS))]
     size = rng.uniform(0, 2 * share) * length
     times = [rng.randrange(2, 5) for _ in lines]
     count = 1

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxopt.tinylm.haystack import Batch
+
 Schedule = tuple[tuple[float, Any], ...]
 """Pairs of a fraction of the training and the value that holds from there."""
 
@@ -31,7 +33,8 @@ class Recipe:
     """Multiples of the rate for the matrices that write to the residual stream (o_proj, down_proj): in the layers of
     the first stack, and in those that join later, which find a stream that is already full."""
     adam_lr: float = 0.004
-    warmup: float = 0.01
+    warmup: int = 20
+    """Steps in which the learning rates rise from nothing."""
     dropout: float = 0.1
     """Layer dropout of the deepest layer."""
     exit_weight: float = 0.3
@@ -58,24 +61,35 @@ class Recipe:
     """Least share of the sequences of the long steps with planted copies."""
     density: float = 0.4
     """Mean part of a planted sequence that is planted lines."""
+    tails: int = 0
+    """Needle questions a step, in batches of fxopt/tinylm/haystack.py; 0 for the batches described above."""
+    tail: int = 8
+    """Tokens of such a question, text before it included."""
+    alone: float = 0.65
+    """Share of the questions that see no needle but their own."""
+    answer_weight: float = 32.0
+    """By how much the answer of a question outweighs a token of text in the loss."""
+    half: bool = False
+    """Whether matrices are multiplied in bfloat16: faster by half on a CPU that has AMX, slower on an older one."""
 
     @property
     def reach(self) -> int:
         """The longest context of the training."""
-        return max(self.long, *(length for _, length in self.contexts))
+        return max(self.long, *(length for _, length in self.contexts)) + self.tail
 
 
 LONG = replace(
-    Recipe(), rates=((0.0, 0.3), (1.0, 0.01)), gap=((0.0, 0.2),), repeated=((0.0, 0.0),), planted=((0.0, 0.05),),
-    growth=((0.0, 12),), contexts=((0.0, 512), (1.0, 512)), long=4096, long_from=0.0, long_every=2, density=0.1,
+    Recipe(), seed=1, tokens=2048, rates=((0.0, 0.3), (0.55, 0.3), (1.0, 0.0)), growth=((0.0, 12),),
+    contexts=((0.0, 512),), long=4096, long_from=0.0, long_every=8, tails=16, half=True,
 )  # fmt: skip
-"""The second training, from the weights of the first: every other step is one sequence of 4,096 tokens, and of these
-two in five hold a few needles in much text."""
+"""The second training, from the weights of the first: sixteen needle questions a step, behind four windows of 512
+tokens spread over 4,096 positions or, every eighth step, behind all 4,096. Nothing but the rate follows the progress,
+and that is constant at first, so that the number of steps can still be chosen while it runs."""
 
 QUICK = replace(
     Recipe(), hidden=32, intermediate=64, layers=4, heads=4, kv_heads=1, head_dim=16, vocab=384, tokens=512,
     exit_rows=512,
-    growth=((0.0, 2), (0.3, 4)), contexts=((0.0, 64), (0.5, 128), (0.9, 256)), long=256,
+    growth=((0.0, 2), (0.3, 4)), contexts=((0.0, 64), (0.5, 128), (0.9, 256)), long=256, warmup=1,
 )  # fmt: skip
 
 
@@ -119,24 +133,42 @@ def rope_tables(recipe: Recipe, length: int) -> tuple[torch.Tensor, torch.Tensor
     return angles.cos(), angles.sin()
 
 
-def block(x, qw, kw, vw, ow, gw, uw, dw, n1, n2, cos, sin, head_dim: int):  # type: ignore[no-untyped-def]
+def attend(q, k, v, windows: int, mask):  # type: ignore[no-untyped-def]
+    """Causal attention of q [B, H, T, D] over k and v, or that of `haystack.Batch` when there is a mask."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    extent = q.shape[2] - mask.shape[0]
+
+    def fold(t):  # type: ignore[no-untyped-def]
+        return t[0, :, :extent].unflatten(1, (windows, -1)).transpose(0, 1)
+
+    text = F.scaled_dot_product_attention(fold(q), fold(k), fold(v), is_causal=True, enable_gqa=True)
+    tails = F.scaled_dot_product_attention(q[:, :, extent:], k, v, attn_mask=mask, enable_gqa=True)
+    return torch.cat((text.transpose(0, 1).flatten(1, 2)[None], tails), 2)
+
+
+def block(x, qw, kw, vw, ow, gw, uw, dw, n1, n2, cos, sin, head_dim: int, windows: int, mask, dtype):  # type: ignore[no-untyped-def]
     """One Llama layer on x [B, T, hidden]: what the Hugging Face layer computes, in a form that compiles to few
-    loops.
+    loops. Matrices are multiplied in `dtype`; attention stays in float32, whose backward is the faster on a CPU.
     """
     batch, length, width = x.shape
+
+    def linear(t, *weights):  # type: ignore[no-untyped-def]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return F.linear(t.to(dtype), weight.to(dtype))
 
     def rotate(t):  # type: ignore[no-untyped-def]
         a, b = t.chunk(2, -1)
         return t * cos + torch.cat((-b, a), -1) * sin
 
     h = F.rms_norm(x, (width,), n1, 1e-5)
-    qkv = F.linear(h, torch.cat((qw, kw, vw))).view(batch, length, -1, head_dim).transpose(1, 2)
+    qkv = linear(h, qw, kw, vw).float().view(batch, length, -1, head_dim).transpose(1, 2)
     q, k, v = qkv.split((qw.shape[0] // head_dim, kw.shape[0] // head_dim, vw.shape[0] // head_dim), 1)
-    a = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
-    x = x + F.linear(a.transpose(1, 2).reshape(batch, length, -1), ow)
+    a = attend(rotate(q), rotate(k), v, windows, mask)
+    x = x + linear(a.transpose(1, 2).reshape(batch, length, -1), ow)
     h = F.rms_norm(x, (width,), n2, 1e-5)
-    gate, up = F.linear(h, torch.cat((gw, uw))).chunk(2, -1)
-    return x + F.linear(F.silu(gate) * up, dw)
+    gate, up = linear(h, gw, uw).chunk(2, -1)
+    return x + linear(F.silu(gate) * up, dw)
 
 
 class Trunk:
@@ -151,11 +183,12 @@ class Trunk:
         torch._dynamo.config.cache_size_limit = 32
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, depth: int, dropped: set[int], exit_at: int
+        self, batch: Batch, depth: int, dropped: set[int], exit_at: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [B, T] at positions [T] to two normed states [B, T, hidden]: the last, and after `exit_at` layers."""
-        x = self.model.model.embed_tokens(ids)
-        cos, sin = self.cos[positions], self.sin[positions]
+        """A batch to two normed states [B, T, hidden]: the last, and after `exit_at` layers."""
+        x = self.model.model.embed_tokens(batch.inputs)
+        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
+        dtype = torch.bfloat16 if self.recipe.half else torch.float32
         early = x
         for index, layer in enumerate(self.model.model.layers[:depth]):
             if index not in dropped:
@@ -163,7 +196,7 @@ class Trunk:
                 x = self.block(
                     x, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.o_proj.weight,
                     m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight, layer.input_layernorm.weight,
-                    layer.post_attention_layernorm.weight, cos, sin, self.recipe.head_dim,
+                    layer.post_attention_layernorm.weight, cos, sin, self.recipe.head_dim, batch.windows, batch.mask, dtype,
                 )  # fmt: skip
             if index + 1 == exit_at:
                 early = x
@@ -175,7 +208,7 @@ class Trunk:
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy of the full model and of one exit, with their gradients, in chunks that stay in the CPU's cache.
 
-    last, early [N, hidden], head [V, hidden], targets [N], scored [N] (1 or 0: whether a position counts). The exit is
+    last, early [N, hidden], head [V, hidden], targets [N], scored [N] (how much a position counts). The exit is
     scored on its first `rows` positions, half against the text and half against the full model's distribution.
     Returns the loss to train on and both parts.
     """
@@ -215,25 +248,31 @@ class HeadLoss(torch.autograd.Function):
         return (*(slope * saved for saved in ctx.saved_tensors), None, None, None, None)
 
 
-def orthogonalise(grads: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalise(grads: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The nearest semi-orthogonal matrices to grads [N, a, b], roughly, by the quintic Newton-Schulz iteration of
-    Muon.
+    Muon, which bears bfloat16.
     """
-    x = grads / (grads.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (grads / (grads.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     flip = x.shape[-2] > x.shape[-1]
     if flip:
         x = x.mT
     for _ in range(steps):
         s = x @ x.mT
         x = 3.4445 * x + (-4.7750 * s + 2.0315 * (s @ s)) @ x
-    return x.mT if flip else x
+    return (x.mT if flip else x).float()
 
 
 class Muon:
     """Momentum with orthogonalised updates for the matrices of the layers; those of one shape go through together."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], multiples: list[float], momentum: float = 0.95) -> None:
-        self.parameters, self.multiples, self.momentum = parameters, multiples, momentum
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        multiples: list[float],
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.parameters, self.multiples, self.momentum, self.dtype = parameters, multiples, momentum, dtype
         self.buffers = [torch.zeros_like(p) for p in parameters]
 
     @torch.no_grad()
@@ -250,5 +289,5 @@ class Muon:
                 buffer.lerp_(grad, 1 - self.momentum)
                 updates.append(grad.lerp(buffer, self.momentum))
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for index, update in zip(members, orthogonalise(torch.stack(updates)), strict=True):
+            for index, update in zip(members, orthogonalise(torch.stack(updates), dtype=self.dtype), strict=True):
                 self.parameters[index].mul_(1 - lr * decay).add_(update, alpha=-lr * scale * self.multiples[index])

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 def test_demo_writes_scores_times_and_reports(eager_lowering, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demonstration, "CONTEXT", 32)
     monkeypatch.setattr(demonstration, "WRITTEN", 17)
+    monkeypatch.setattr(demonstration, "STEPS", 6)
     demonstration.run(shown=8, page=str(tmp_path / "page.html"))
     printed = capsys.readouterr().out
     assert "17 tokens identical to eager PyTorch: yes" in printed

@@ -1,5 +1,6 @@
 """The shipped model, its text and its needle task; and the training, in its smallest form."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -16,6 +17,7 @@ pytest.importorskip("tokenizers")
 
 from fxopt import scoring, tinylm  # noqa: E402
 from fxopt.tinylm import corpus, metrics, needle  # noqa: E402
+from fxopt.tinylm.haystack import SINK, Batch, haystack, spread  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_tinylm.py"
 
@@ -169,10 +171,82 @@ def test_the_training_forward_is_the_hugging_face_model(training):
         torch.nn.init.normal_(p, 0.5 if p.dim() == 1 else 0.0, 0.2)
     ids = torch.randint(0, 384, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        last, early = training.Trunk(model, training.QUICK, compiled=False)(ids, torch.arange(30), 4, set(), 2)
+        batch = Batch(ids, ids, torch.ones(2, 30), torch.arange(30))
+        last, early = training.Trunk(model, training.QUICK, compiled=False)(batch, 4, set(), 2)
         expected = model.model(ids, output_hidden_states=True)
         torch.testing.assert_close(last, expected.last_hidden_state, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(early, model.model.norm(expected.hidden_states[2]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+@pytest.mark.parametrize("alone", [0.0, 1.0])
+def test_tails_behind_windows_see_what_the_mask_says(training, shipped, windows, alone):
+    """Each tail against the Hugging Face model on the text and this tail, under a mask written out place by place."""
+    length, tails, tail = 96 // windows, 4, 8
+    ids = [i % 384 for i in needle.ids_of(shipped[1], tinylm.heldout()[:2000])]
+    texts = [ids[i * 60 : i * 60 + length + 1] for i in range(windows)]
+    starts = [i * 200 for i in range(windows)]
+    batch = haystack(shipped[1], texts, starts, tails, tail, 32.0, alone, random.Random(1))
+    again = haystack(shipped[1], texts, starts, tails, tail, 32.0, alone, random.Random(1))
+    assert torch.equal(batch.inputs, again.inputs)
+    assert torch.equal(batch.mask, again.mask)
+    assert batch.length == length
+    row, extent = batch.inputs[0].tolist(), windows * length
+    recipe = dataclasses.replace(training.QUICK, vocab=4096)
+    model = training.build(recipe)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.5 if p.dim() == 1 else 0.0, 0.2)
+    with torch.no_grad():
+        found = training.Trunk(model, recipe, compiled=False)(batch, 4, set(), 2)[0][0]
+    asked = []
+    for j in range(tails):
+        here = slice(extent + j * tail, extent + (j + 1) * tail)
+        answer = batch.weights[0, here].nonzero().flatten().tolist()
+        assert len(answer) == 1
+        assert batch.weights[0, here][answer[0]] == 32
+        written = shipped[1].decode([*row[here][: answer[0] + 1], int(batch.targets[0, here][answer[0]])])
+        line = needle.ids_of(shipped[1], "\nKEY" + written.rsplit("\nKEY", 1)[1] + "\n")
+        asked.append(next(i for i in range(extent) if row[i : i + len(line)] == line))
+        hidden = set()
+        if alone:
+            others = [i for i in range(extent) if row[i : i + 2] == line[:2] and i != asked[-1]]
+            hidden = {i + k for i in others for k in range(len(line))}
+        hidden |= {w * length + k for w in range(1, windows) for k in range(SINK)}
+        allowed = torch.zeros(extent + tail, extent + tail, dtype=torch.bool)
+        for a in range(extent + tail):
+            for b in range(a + 1):
+                allowed[a, b] = a // length == b // length if a < extent else b not in hidden
+        with torch.no_grad():
+            expected = model.model(
+                torch.tensor([row[:extent] + row[here]]), attention_mask=allowed[None, None],
+                position_ids=torch.tensor([[*(s + i for s in starts for i in range(length)),
+                                            *range(starts[-1] + length, starts[-1] + length + tail)]]),
+            ).last_hidden_state[0]  # fmt: skip
+        torch.testing.assert_close(found[here], expected[extent:], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found[:extent], expected[:extent], atol=1e-3, rtol=1e-3)
+    assert len(set(asked)) == tails
+    scored = batch.weights[0, :extent]
+    lines = {i + k for i in asked for k in range(len(line))}
+    assert scored.tolist() == [0.0 if i + 1 in lines else 1.0 for i in range(extent)]
+
+
+def test_windows_are_spread_over_the_far_and_the_near_half():
+    for seed in range(20):
+        chosen = spread(4, 8, random.Random(seed))
+        assert len(set(chosen)) == 4
+        assert chosen[-1] == 7
+        assert sum(slot < 4 for slot in chosen) == 2
+    assert spread(1, 1, random.Random(0)) == [0]
+    assert spread(8, 8, random.Random(0)) == list(range(8))
+    with pytest.raises(ValueError, match="9 windows"):
+        spread(9, 8, random.Random(0))
+
+
+def test_a_haystack_that_cannot_be_asked(shipped):
+    with pytest.raises(ValueError, match="multiple of the windows"):
+        haystack(shipped[1], [[5] * 65] * 3, [0, 64, 128], 4, 16, 1.0, 0.5, random.Random(0))
+    with pytest.raises(ValueError, match="a tail only 2"):
+        haystack(shipped[1], [[5] * 65], [0], 2, 2, 1.0, 0.5, random.Random(0))
 
 
 def test_the_head_loss_has_the_gradients_of_autograd(training):
