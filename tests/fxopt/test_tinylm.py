@@ -57,6 +57,10 @@ def test_the_card_keeps_its_promises(card):
     depth = {e["depth"]: e for e in card["exits"]}
     assert depth[6]["bits_per_byte"] < 1.25 * depth[12]["bits_per_byte"]
     assert depth[3]["agreement"] >= 0.6
+    bits = [depth[n]["bits_per_byte"] for n in range(1, 13)]
+    assert all(deep < shallow + 0.001 for shallow, deep in itertools.pairwise(bits))
+    found = {(n["context"], n["needles"]): n["found"] for n in card["needles"]}
+    assert found[4096, 1] > 0.9
     assert hashlib.sha256(tinylm.HELDOUT.read_bytes()).hexdigest() == card["heldout_sha256"]
 
 
@@ -72,6 +76,14 @@ def test_deeper_is_better(shipped):
     assert exits[5].bits_per_byte < 1.25 * exits[-1].bits_per_byte
     assert exits[2].agreement >= 0.6
     assert exits[0].agreement < exits[5].agreement < 1
+
+
+def test_a_needle_far_back_is_found(shipped):
+    """Prompts of 4,096 tokens whose needle stands more than 2,000 tokens back (not those of the card)."""
+    task = needle.needle_task(shipped[1], tinylm.heldout(), 4096, 12, seed=5)
+    far = [question for question in task if question.depth < 0.5][:4]
+    assert len(far) == 4
+    assert metrics.needle_accuracy(shipped[0], far) == 1.0
 
 
 def test_training_and_heldout_files_are_apart():
