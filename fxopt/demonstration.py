@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from fxopt.decoding import prompt_in_eager
 from fxopt.passes.early_exit import EarlyExit
 from fxopt.passes.layer_skip import LayerSkip
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.technique import Technique
 from fxopt.reporting import report
-from fxopt.scoring import prompt_in_eager
 
 CONTEXT = 512
 """Tokens of a window: half of them are the prompt, the rest is written or scored token by token."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxopt import scoring
+from fxopt import decoding, scoring
 from fxopt.codegen.files import whole_file, write_whole
 
 SCHEMA_VERSION = 1
@@ -269,7 +269,7 @@ def evaluate(
             contest = {"eager": original, "inductor": inductor} | ready
             rows = {"eager": rows.pop("eager"), "inductor": Row("inductor", True)} | rows
             room = len(cut[0].inputs) - length + 1  # the cache that the scores were made with
-            measured = scoring.speeds(
+            measured = decoding.speeds(
                 contest, cut[0].inputs[:length], decode_steps, rounds, cache, compile_prompt, room
             )
             strongest = max((measured["eager"], measured["inductor"]), key=lambda speed: speed.decode)
@@ -312,7 +312,7 @@ def _quality_of(
         if model is original:
             logits = base
         elif prompt:
-            logits = scoring.decode_logits(model, window, prompt, cache, compile_prompt)
+            logits = decoding.decode_logits(model, window, prompt, cache, compile_prompt)
         else:
             logits = model(inputs, use_cache=False).logits[0]
         sums.add(logits, base, window.targets[first:].to(device), int(window.sizes[first:].sum()))
@@ -331,7 +331,7 @@ def _ideal(original: nn.Module, techniques: tuple[Any, ...], prompt: Tensor, cac
         counted = []
         for steps in (1, 3):
             with FlopCounterMode(display=False) as counter:
-                scoring.force(model, prompt, [int(prompt[0])] * steps, cache, keep_logits=False)
+                decoding.force(model, prompt, [int(prompt[0])] * steps, cache, keep_logits=False)
             counted.append(counter.get_total_flops())
         return counted[1] - counted[0]
 

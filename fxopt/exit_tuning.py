@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt import scoring
+from fxopt import decoding, scoring
 from fxopt.passes import confidence as measures
 from fxopt.passes.early_exit import EarlyExit
 from fxopt.passes.exit_reference import ModelHead
@@ -153,7 +153,7 @@ def measure(
     meant: Any = reference(model, technique)
     for window, wanted in zip(cut, choices, strict=True):
         meant.exit_state.depths.clear()
-        got = scoring.decode_logits(meant, window, prompt).argmax(-1)
+        got = decoding.decode_logits(meant, window, prompt).argmax(-1)
         agreed += int((got == wanted).sum())
         tokens += len(wanted)
         depths = [n for rows in meant.exit_state.depths for n in rows]

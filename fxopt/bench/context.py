@@ -8,6 +8,7 @@ step has to read, weights and cache, at the speed that a plain sum reads as many
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -46,7 +47,8 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
     from fxopt import tinylm
 
     lengths, rounds, scored = ((256, 512), 3, 32) if quick else (LENGTHS, 16, 256)
-    result = Result("context", f"fxopt bench context{' --quick' if quick else ''} --device {device}", environment(device))
+    command = f"fxopt bench context{' --quick' if quick else ''} --device {device}"
+    result = Result("context", command, environment(device))
     model, tokenizer = tinylm.load()
     model.to(device)
     ids = torch.tensor([tokenizer.encode(tinylm.heldout())[: max(lengths) + 1]], device=device)
@@ -57,9 +59,9 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
     with progress_bar("context", rounds * len(lengths)) as tick, torch.no_grad():
         for length in lengths:
             torch._dynamo.reset()
-            inductor = shared_copy(model)
-            inductor.compile()
-            forms: dict[str, nn.Module] = {"HF eager": model, "inductor": inductor, EXACT: fxopt_compile(shared_copy(model))}
+            forms: dict[str, nn.Module] = {"HF eager": model, "inductor": shared_copy(model)}
+            forms["inductor"].compile()
+            forms[EXACT] = fxopt_compile(shared_copy(model))
             forms |= {name: fxopt_compile(shared_copy(model), setting) for name, setting in settings.items()}
             filled = prefilled(model, ids[:, : length - max(STEPS, WRITTEN, scored)], length)
             texts = {name: Continued(form, filled, length) for name, form in forms.items()}
@@ -72,7 +74,7 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
                 raise AssertionError(f"at {length} positions the exact rewrites write other tokens than eager PyTorch")
             notes[EXACT] = f"{WRITTEN} identical tokens"
             last = ids[:, length - STEPS : length]
-            peers = [Peer(name, lambda text=text: text.forced(last, keep=False)) for name, text in texts.items()]  # type: ignore[misc]
+            peers = [Peer(name, functools.partial(text.forced, last, keep=False)) for name, text in texts.items()]
             rows = measure(f"{length} positions", peers, rounds=rounds, device=device, progress=tick)
             read = weights + token * length
             bound = read / read_bandwidth(device, read // 4)
@@ -165,7 +167,7 @@ def lines(result: dict[str, Any]) -> str:
     for peer in peers:
         own = [r for r in rows if r["peer"] == peer]
         notes = ", ".join(dict.fromkeys(r["note"] for r in own if r["note"]))
-        text.append(f"{peer:<{width}}" + "".join(f"{1 / r['median']:>9,.0f}" for r in own) + (f"  {notes}" if notes else ""))
+        text.append(f"{peer:<{width}}" + "".join(f"{1 / r['median']:>9,.0f}" for r in own) + f"  {notes}".rstrip())
     bounds = [next(r["bound"] for r in rows if _positions(r) == n) for n in lengths]
     text.append(f"{'(read bandwidth)':<{width}}" + "".join(f"{1 / b:>9,.0f}" for b in bounds))
     machine = result["environment"]
@@ -196,8 +198,8 @@ def picture(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
             marker="s" if said.startswith(" (~") else "o", label=peer + said,
         )  # fmt: skip
     first = [r for r in rows if r["peer"] == rows[0]["peer"]]
-    axes.plot([_positions(r) for r in first], [1 / r["bound"] for r in first], "k--", linewidth=1, label="read bandwidth")
     lengths = [_positions(r) for r in first]
+    axes.plot(lengths, [1 / r["bound"] for r in first], "k--", linewidth=1, label="read bandwidth")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
     axes.set_yscale("log")

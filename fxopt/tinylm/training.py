@@ -182,9 +182,7 @@ class Trunk:
         self.cos, self.sin = rope_tables(recipe, recipe.reach)
         torch._dynamo.config.cache_size_limit = 32
 
-    def __call__(
-        self, batch: Batch, depth: int, dropped: set[int], exit_at: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, batch: Batch, depth: int, dropped: set[int], exit_at: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch to two normed states [B, T, hidden]: the last, and after `exit_at` layers."""
         x = self.model.model.embed_tokens(batch.inputs)
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]

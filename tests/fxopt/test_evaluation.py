@@ -10,8 +10,10 @@ transformers = pytest.importorskip("transformers")
 
 import fxopt  # noqa: E402
 from fxopt import evaluation, scoring  # noqa: E402
+from fxopt.decoding import Speed, decode_logits, force  # noqa: E402
 from fxopt.evaluation import Row, Table, evaluate, load_model  # noqa: E402
-from fxopt.scoring import Divergence, bits_per_byte, decode_logits, exit_scores, force, windows  # noqa: E402
+from fxopt.meaning import shared_copy  # noqa: E402
+from fxopt.scoring import Divergence, bits_per_byte, exit_scores, windows  # noqa: E402
 
 TEXT = "def add(first, second):\n    return first + second  # ünïcode → ok\n\n" * 12
 
@@ -127,6 +129,37 @@ def test_forcing_goes_on_past_the_end_token(model):
     assert forced.prompt_seconds > 0
 
 
+def test_only_decode_is_compiled_when_the_prompt_is_not(model):
+    ran = []
+
+    def backend(gm, inputs):
+        def counted(*args):
+            ran.append(counted)
+            return gm(*args)
+
+        return counted
+
+    way = shared_copy(model)
+    way.compile(backend=backend)
+    prompt, tokens = torch.tensor([5, 6, 7, 8]), [3, 4, 5, 6, 7]
+    found = force(way, prompt, tokens, compile_prompt=False, room=9)
+    assert len(ran) == 4  # five tokens: the first comes of the prompt
+    assert len(found.step_seconds) == 4
+    torch.testing.assert_close(found.logits, force(model, prompt, tokens).logits, atol=1e-5, rtol=1e-5)
+    force(way, prompt, tokens[:2], compile_prompt=False, room=9)
+    assert len(ran) == 5
+    assert len(set(ran)) == 1  # the cache has room for nine both times, so one graph serves
+    force(way, prompt, tokens[:2])
+    assert len(set(ran)) > 1
+
+
+def test_speeds_are_compared_round_by_round():
+    slow, fast = Speed([10.0, 20.0, 12.0], [1.0, 4.0, 2.0]), Speed([30.0, 1.0, 2.0], [2.0, 4.4, 6.0])
+    assert slow.prefill == 12.0
+    assert fast.decode == 4.4
+    assert fast.over(slow) == 2.0
+
+
 def test_evaluate_compares_with_the_unmodified_model(model, tokenizer, tmp_path):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     technique = fxopt.LayerSkip(skip=(1,))
@@ -159,6 +192,9 @@ def test_evaluate_measures_speed(model, tokenizer):
     assert all(row.decode > 0 and row.prefill > 0 and row.speedup > 0 for row in table.rows)
     assert 1.1 < table.rows[2].ideal < 3 / 2
     assert max(row.speedup for row in table.rows[:2]) == pytest.approx(1)
+    ready = table.models[str(technique)]
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(ready(ids).logits, shortened(model, 1)(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
