@@ -115,7 +115,8 @@ class Continued:
         self.cache: Any = StaticCache(config=config, max_cache_len=length)
         like = filled.layers[0].keys
         self.cache.early_initialization(1, like.shape[1], like.shape[3], like.dtype, like.device)
-        for own, other in zip(self.cache.layers, filled.layers, strict=True):
+        layers: Any = zip(self.cache.layers, filled.layers, strict=True)
+        for own, other in layers:
             own.keys.copy_(other.keys)
             own.values.copy_(other.values)
         self.positions = torch.arange(length, device=like.device)

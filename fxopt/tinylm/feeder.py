@@ -55,7 +55,8 @@ class Feeder:
             share, spans = 0.9, 0.1
         elif progress >= recipe.long_from and step % recipe.long_every == 0:
             length, share = recipe.long, max(share, recipe.long_planted)
-        rows, scored = [], []
+        rows: list[np.ndarray] = []
+        scored: list[np.ndarray] = []
         for _ in range(max(1, recipe.tokens // length)):
             ids = self.window(length, rng).astype(np.int64)
             counts = np.ones(length, dtype=np.float32)
@@ -69,8 +70,8 @@ class Feeder:
                 counts[: period - 1] = 0.0
             rows.append(ids)
             scored.append(counts)
-        ids, positions = torch.from_numpy(np.stack(rows)), torch.arange(length)
+        batch, positions = torch.from_numpy(np.stack(rows)), torch.arange(length)
         if rng.random() < at(recipe.gap, progress):
             cut = rng.randrange(length // 8, length)
             positions[cut:] += rng.randrange(recipe.reach - length + 1)
-        return Batch(ids[:, :-1], ids[:, 1:], torch.from_numpy(np.stack(scored)), positions)
+        return Batch(batch[:, :-1], batch[:, 1:], torch.from_numpy(np.stack(scored)), positions)

@@ -91,7 +91,8 @@ def haystack(
         lines = [ids_of(tokenizer, f"\nKEY {key} {value}\n") for key, value in pairs[first : first + tails // windows]]
         room = length - sum(map(len, lines))
         insert = sorted(rng.randrange(room) for _ in lines)
-        ids, last = [], 0
+        ids: list[int] = []
+        last = 0
         counts = [1.0] * length
         for place, line in zip(insert, lines, strict=True):
             ids += text[last:place]
@@ -129,5 +130,4 @@ def haystack(
         mask[:, start : start + SINK] = False
     places = [torch.arange(start, start + length) for start in starts]
     positions = torch.cat([*places, starts[-1] + length + torch.arange(tail).repeat(tails)])
-    rows = (torch.tensor([values]) for values in (inputs, targets, weights))
-    return Batch(*rows, positions, windows, mask)
+    return Batch(torch.tensor([inputs]), torch.tensor([targets]), torch.tensor([weights]), positions, windows, mask)
