@@ -18,7 +18,12 @@ from torch import nn
 from fxopt.codegen import compat
 from fxopt.reporting import owner_of, report
 
-KERNELS_NOT_YET_RUN_ON_A_GPU = ("attention (split-KV decode)", "gemm (GEMV, flat GEMM)")
+KERNELS_NOT_YET_RUN_ON_A_GPU = (
+    "attention (split-KV decode, dense and on lists)",
+    "gemm (GEMV, flat GEMM)",
+    "select (state beside a cache, scores, top-k)",
+    "routing (gather with norm, scatter with residual, linear_if)",
+)
 
 
 @dataclass(frozen=True)
