@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxopt.codegen import roofline
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.attention import decode_attention
 from fxopt.codegen.kernels.attention_variants import DecodeAttention
@@ -69,7 +70,9 @@ def fitted_split(length: int, pairs: int, device: torch.device) -> int:
 
     ``length``: cache positions; ``pairs``: batch rows times KV heads.
     """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    planned = roofline.planned_device()
+    on_gpu = torch.cuda.get_device_properties(device) if planned is None and device.type == "cuda" else None
+    processors = planned.units if planned else on_gpu.multi_processor_count if on_gpu else 1
     wanted = length * pairs / (4 * processors)
     size = 64
     while size < wanted and size < 4096:

@@ -7,10 +7,12 @@ nothing twice past the caches.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,26 +105,30 @@ class Device:
     """Shared memory one block may use."""
     cache_bytes: int
     """The last cache before DRAM."""
+    target: str = ""
+    """What kernels are cross-compiled for (``codegen.targets``); empty where no cross-compiler knows it."""
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s of matrix products in `dtype`; float32 is the vector rate, since TF32 is not float32."""
         return self.flops[dtype]
 
 
-def _device(name: str, half: float, single: float, bandwidth: float, units: int, shared: int, cache: int) -> Device:
+def _device(
+    name: str, half: float, single: float, bandwidth: float, units: int, shared: int, cache: int, target: str = ""
+) -> Device:
     flops = {"float16": half * 1e12, "bfloat16": half * 1e12, "float32": single * 1e12}
-    return Device(name, flops, bandwidth * 1e9, units, shared * 1024, cache << 20)
+    return Device(name, flops, bandwidth * 1e9, units, shared * 1024, cache << 20, target)
 
 
 DEVICES = {
     device.name: device
     for device in (
         #        name      fp16, bf16  fp32   GB/s  units  KiB  MiB
-        _device("A100", 312.0, 19.5, 2039, 108, 163, 40),
-        _device("H100", 989.4, 66.9, 3350, 132, 227, 50),
-        _device("H200", 989.4, 66.9, 4800, 132, 227, 50),
-        _device("B200", 2250.0, 75.0, 8000, 148, 227, 126),
-        _device("MI300X", 1307.4, 163.4, 5300, 304, 64, 256),
+        _device("A100", 312.0, 19.5, 2039, 108, 163, 40, "sm_80"),
+        _device("H100", 989.4, 66.9, 3350, 132, 227, 50, "sm_90"),
+        _device("H200", 989.4, 66.9, 4800, 132, 227, 50, "sm_90"),
+        _device("B200", 2250.0, 75.0, 8000, 148, 227, 126, "sm_100"),
+        _device("MI300X", 1307.4, 163.4, 5300, 304, 64, 256, "gfx942"),
         _device("L4", 121.0, 30.3, 300, 58, 99, 48),
         _device("RTX 4090", 165.2, 82.6, 1008, 128, 99, 72),
     )
@@ -135,8 +141,29 @@ def find_device(name: str) -> Device | None:
     return next((d for d in DEVICES.values() if all(part in words for part in d.name.split())), None)
 
 
+_planned: contextvars.ContextVar[Device | None] = contextvars.ContextVar("planned device", default=None)
+
+
+@contextlib.contextmanager
+def planning(device: Device | None) -> Iterator[None]:
+    """Let `device` be the GPU of this process, for decisions about one that is not here; None changes nothing."""
+    token = _planned.set(device)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def planned_device() -> Device | None:
+    """The device of :func:`planning`; None outside of it."""
+    return _planned.get()
+
+
 def current_device(device: torch.device | None = None) -> Device:
     """The table's entry for a torch device; a GPU the table does not know is scaled from the A100 by its units."""
+    planned = planned_device()
+    if planned is not None and (device is None or device.type == "cuda"):
+        return planned
     if (device is not None and device.type == "cpu") or not torch.cuda.is_available():
         return measure_cpu()
     properties = torch.cuda.get_device_properties(device)

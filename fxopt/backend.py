@@ -69,7 +69,7 @@ def compile_graph(
     """Record, rewrite and lower one captured graph."""
     started = time.perf_counter()
     record = reporting.new_record(compat.compile_id(), settings.owner)
-    gm = _own(gm)
+    gm = own_module(gm)
     try:
         number_nodes(gm.graph)
         name_modules(gm.graph, paths)
@@ -216,7 +216,7 @@ def run_pass(
     return context
 
 
-def _own(gm: fx.GraphModule) -> fx.GraphModule:
+def own_module(gm: fx.GraphModule) -> fx.GraphModule:
     """The module with a graph that passes may add inputs to: Dynamo goes by the inputs of its own afterwards."""
     copied = fx.GraphModule(gm, _copy_graph(gm.graph), gm.__class__.__name__)
     for name, value in vars(gm).items():

@@ -77,12 +77,13 @@ def demo(
 @app.command(help=COMMANDS["doctor"])
 def doctor(
     model: Folder = None,
+    run: Annotated[bool, typer.Option(help="Let the model generate a few tokens, to see what is compiled.")] = True,
     json_path: Json = None,
 ) -> None:
     from fxopt import doctor as examination
 
     loaded = load_model(model) if model else None
-    findings = examination.examine(loaded)
+    findings = examination.examine(loaded, run=run)
     for finding in findings:
         print(finding)
     if json_path is not None:
@@ -97,26 +98,38 @@ def plan(
     model_config: Annotated[pathlib.Path | None, typer.Option(help="A config.json instead: no weights.")] = None,
     set_: Setting = None,
     target: Annotated[str | None, typer.Option(help="Device to plan for, such as h200.")] = None,
+    phase: Annotated[str, typer.Option(help="prompt, decode or both.")] = "both",
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 32,
+    cache: Annotated[int, typer.Option(help="Positions of the static cache of the decode step.", min=1)] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
+    expect: Annotated[list[str] | None, typer.Option(help='Exit with 1 unless it holds, e.g. "flat_gemm>=1".')] = None,
     json_path: Json = None,
     html: Annotated[pathlib.Path | None, typer.Option(help="Write the page.")] = None,
 ) -> None:
-    from fxopt.inspection.views import kernels
-    from fxopt.planning import plan as make_plan
+    from fxopt.inspection import views
+    from fxopt.planning import plan_phases
 
     if (model is None) == (model_config is None):
         fail("plan takes a model or --model-config config.json, one of the two.")
     try:
         built = load_model(model) if model else model_from_config(model_config)
-        report = make_plan(built, *techniques_of(set_), target=target)
+        report = plan_phases(
+            built, *techniques_of(set_), target=target, phase=phase, tokens=tokens, cache=cache, batch=batch
+        )
+        print(views.summary(report).text())
+        if report.kernels:
+            print(views.kernels(report).text())
+        unmet = [message for message in (views.unmet(report, text) for text in expect or []) if message]
     except SettingError as error:
         fail(str(error))
-    print(report.summary())
-    if report.kernels:
-        print(kernels(report).text())
     if json_path is not None:
         report.to_json(json_path)
     if html is not None:
         report.to_html(html)
+    for message in unmet:
+        print(f"fxopt: {message}", file=sys.stderr)
+    if unmet:
+        raise typer.Exit(1)
 
 
 @app.command(help=COMMANDS["tune"])

@@ -39,12 +39,70 @@ class Finding:
         return f"[{mark}] {self.what}" + (f"\n       -> {self.advice}" if self.advice else "")
 
 
-def examine(model: nn.Module | None = None) -> list[Finding]:
-    """Look at the installation, and at `model` when given."""
+def examine(model: nn.Module | None = None, *, run: bool = False) -> list[Finding]:
+    """Look at the installation, and at `model` when given; `run` also lets it generate (:func:`generate_once`)."""
     findings = [*_versions(), *_registration(), *_tools()]
     if model is not None:
-        findings += examine_model(model)
+        found = examine_model(model)
+        if run:
+            # Of a model that was loaded to be examined, nobody has compiled anything: what compiling does is tried.
+            found = [f for f in found if "is not compiled" not in f.what] + generate_once(model)
+        findings += found
     return findings
+
+
+TOKENS = 4
+"""New tokens of :func:`generate_once`: the second step of a growing cache compiles once more than the first."""
+
+
+def generate_once(model: nn.Module) -> list[Finding]:
+    """Let `model` generate a few tokens with a backend that only counts: what reaches a backend, and what it is handed.
+
+    Dynamo's caches are emptied before and after (``torch._dynamo.reset``); nothing is compiled, the model is left as
+    it was.
+    """
+    from fxopt.testing import capture_generate
+
+    config: Any = getattr(model, "generation_config", None)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if config is None or not callable(getattr(model, "generate", None)) or not vocabulary:
+        return []
+    kind = "dynamic" if getattr(config, "cache_implementation", None) is None else "static"
+    device = next(model.parameters()).device
+    ids = torch.arange(3, 11, device=device).remainder(vocabulary)[None]
+    try:
+        graphs = capture_generate(model, ids, cache=kind, new_tokens=TOKENS)  # type: ignore[arg-type]
+    except Exception as error:
+        first = (str(error).splitlines() or ["no message"])[0]
+        return [Finding("problem", f"generate() fails under torch.compile: {type(error).__name__}: {first}",
+                        "TORCH_LOGS=graph_breaks python your_script.py")]  # fmt: skip
+    if not graphs:
+        return [Finding("problem", "generate() reached no backend: every step runs eagerly", "fxopt.compile(model)")]
+    findings = [
+        Finding("ok", f"generate() reaches the backend when compiled in place: {len(graphs)} graphs for a prompt and "
+                f"{TOKENS} tokens with a {kind} cache")
+    ]  # fmt: skip
+    expected = 2 if kind == "static" else 3
+    if len(graphs) > expected:
+        findings.append(
+            Finding("note", f"{len(graphs)} graphs where {expected} are usual: graph breaks, or guards that fail",
+                    "TORCH_LOGS=graph_breaks,recompiles python your_script.py")
+        )  # fmt: skip
+    copied = _cache_results(graphs[-1].graph)
+    if copied:
+        findings.append(
+            Finding("note", f"each step returns {copied} cache tensors as new tensors: the whole cache is copied for "
+                    "every token", "model.generation_config.cache_implementation = 'static'")
+        )  # fmt: skip
+    else:
+        findings.append(Finding("ok", "each step writes its cache in place"))
+    return findings
+
+
+def _cache_results(graph: torch.fx.Graph) -> int:
+    """How many results of a step are shaped like keys or values."""
+    values = [n.meta.get("example_value") for n in graph.output_node().all_input_nodes]
+    return sum(isinstance(v, torch.Tensor) and v.ndim == 4 and v.is_floating_point() for v in values)
 
 
 def _versions() -> list[Finding]:

@@ -1,76 +1,90 @@
-"""The kernels that a device which is not here would get: chosen by its roofline, cross-compiled, with resources."""
+"""The generated kernels of a rewritten graph, as records; for a device that is not here, compiled for it."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
 
-from fxopt.codegen import compat, roofline
-from fxopt.codegen.dataflow import Dataflow
-from fxopt.codegen.kernels import Unsupported
-from fxopt.codegen.kernels.gemm_launch import build, compile_for
-from fxopt.passes.context import PassContext
-from fxopt.passes.flat_gemm import origin
-from fxopt.passes.linear_groups import plan_groups
+from fxopt.codegen import ahead, roofline
+from fxopt.codegen.ahead import Ahead
 from fxopt.passes.provenance import module_path, origin_ids
 from fxopt.passes.record import GraphRecord, KernelRecord, Remark
 
-ARCHITECTURES = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100", "MI300X": "gfx942"}
-"""Target of the cross-compiler for a device of the roofline's table."""
-MOST = 8
+MOST = 16
 """Different kernels compiled for one graph: a second or two each."""
 
 
-def cross_compiled(graph: fx.Graph, record: GraphRecord, device: roofline.Device) -> None:
-    """Add the linear kernels `device` would get for `graph` to the record, or a note why there are none."""
-    target = ARCHITECTURES.get(device.name)
-    if target is None or importlib.util.find_spec("triton") is None:
-        why = "Triton is not installed" if target else f"there is no cross-compiler for {device.name}"
-        record.remarks.append(Remark("kernels", "analysis", "", f"no kernels were compiled: {why}"))
+def record_kernels(module: fx.GraphModule, record: GraphRecord, device: roofline.Device, compiled: bool) -> None:
+    """Add the kernels that `module` launches on `device` to the record, with their resources where `compiled`.
+
+    A kernel that several nodes share is one record. Branches of conditionals are looked into.
+    """
+    if importlib.util.find_spec("triton") is None:
+        _tell(record, "no kernels were generated: Triton is not installed (pip install triton, on Linux)")
         return
-    found: dict[tuple[Any, ...], KernelRecord] = {}
-    left_out = 0
-    for group in plan_groups(graph, PassContext(graph, "flat_gemm", GraphRecord(-1, "-", ""))):
-        fused = group.fused
-        config = Dataflow(fused.dtype, model=device).config(fused, group.rows) if isinstance(group.rows, int) else None
-        if config is None:
+    found: dict[str, KernelRecord] = {k.name: k for k in record.kernels}
+    told: dict[str, Ahead] = {}
+    for node, target, args, kwargs in _calls(module):
+        kernel = ahead.kernel_of(target, args, kwargs, device)
+        if kernel is None:
             continue
-        nodes = tuple(sorted({i for node in group.nodes for i in origin_ids(node)}))
-        modules = tuple(dict.fromkeys(module_path(node) for node in group.linears))
-        key = (fused, config)
-        if key in found:
-            found[key].nodes += nodes
-            found[key].modules += modules
-        elif len(found) < MOST:
-            kernel = _compiled(fused, config, target, origin(group))
-            if kernel is not None:
-                kernel.nodes, kernel.modules = nodes, modules
-                found[key] = kernel
-        else:
-            left_out += 1
-    record.kernels += found.values()
-    if left_out:
-        message = f"{left_out} groups of linears would get kernels beyond the {MOST} that were compiled"
-        record.remarks.append(Remark("kernels", "analysis", "", message))
+        told[kernel.name] = kernel
+        entry = found.setdefault(
+            kernel.name, KernelRecord(kernel.name, kernel.family, (), (), kernel.source, dict(kernel.configuration))
+        )
+        entry.nodes = tuple(sorted({*entry.nodes, *origin_ids(node)}))
+        entry.modules = tuple(dict.fromkeys((*entry.modules, *filter(None, [module_path(node)]))))
+    for entry in found.values():
+        entry.modules = tuple(sorted(entry.modules, key=_in_turn))
+    record.kernels = list(found.values())
+    if not compiled or not told:
+        return
+    if not device.target:
+        _tell(record, f"kernels were chosen and not compiled: no cross-compiler knows {device.name}")
+        return
+    for name in list(told)[:MOST]:
+        found[name].resources |= resources(told[name], device.target)
+    if len(told) > MOST:
+        _tell(record, f"{len(told) - MOST} more kernels were chosen and not compiled; {MOST} are compiled of one graph")
 
 
-def _compiled(fused: Any, config: Any, target: str, where: str) -> KernelRecord | None:
-    failures: tuple[type[Exception], ...] = (Unsupported, *compat.compile_errors())
+def resources(kernel: Ahead, target: str) -> dict[str, Any]:
+    """Registers, spills, shared memory and assembly of each function of a kernel, or why it did not compile."""
     try:
-        built = build(fused, config, where)
-        compiled = compile_for(fused, config, target)
-    except failures:
-        return None
-    resources: dict[str, Any] = {"target": target}
+        compiled = kernel.compile(target)
+    except ahead.failures() as error:
+        return {"target": target, "not compiled": str(error).splitlines()[0][:200] if str(error) else "no reason given"}
+    told: dict[str, Any] = {"target": target}
     for name, info in compiled.items():
         prefix = f"{name} " if len(compiled) > 1 else ""
-        resources |= {
+        told |= {
             f"{prefix}registers": info.registers,
             f"{prefix}spills": info.spills,
             f"{prefix}shared bytes": info.shared_bytes,
             f"{prefix}assembly": info.asm,
         }
-    source = built.path.read_text(encoding="utf-8")
-    return KernelRecord(built.path.stem, config.family, (), (), source, vars(config).copy(), resources)
+    return told
+
+
+def _calls(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Any, tuple[Any, ...], dict[str, Any]]]:
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(inner := getattr(module, str(node.target), None), fx.GraphModule):
+            yield from _calls(inner)
+        elif node.op == "call_function":
+            try:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+            except KeyError:  # an operand without a value: nothing can be said about its shape
+                continue
+            yield node, node.target, args, kwargs
+
+
+def _in_turn(path: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _tell(record: GraphRecord, message: str) -> None:
+    record.remarks.append(Remark("kernels", "analysis", "", message))

@@ -12,13 +12,15 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxopt import reporting
-from fxopt.backend import describe, run_passes
+from fxopt.backend import describe, own_module, run_passes
 from fxopt.codegen import compat, roofline
 from fxopt.compiler import Given, settle
-from fxopt.kernel_plan import cross_compiled
+from fxopt.elsewhere import move_graph
+from fxopt.inspection.work import Cost, costs
+from fxopt.kernel_plan import record_kernels
 from fxopt.options import Settings
 from fxopt.passes.provenance import number_nodes
-from fxopt.passes.record import EffectiveSetting, GraphRecord, Recorder, Remark
+from fxopt.passes.record import EffectiveSetting, GraphRecord, Recorder, Remark, node_rows
 from fxopt.passes.technique import SettingError, nearest
 from fxopt.reporting import Report
 
@@ -42,9 +44,9 @@ def plan(
             ``[1, 32]`` for a Hugging Face text model, zeros of the configured image size for a vision model. Only
             shapes and types matter: tensors are moved to the model's device, from or to meta. A Hugging Face model
             on the meta device is planned with ``use_cache=False`` unless a cache is handed in.
-        target: name of a device in the roofline's table (``"h200"``): adds lower bounds of the time there, and
-            the kernels of linears for it, cross-compiled (a second or two each), with registers, spills and shared
-            memory.
+        target: name of a device in the roofline's table (``"h200"``): passes decide as they would there, and the
+            report has lower bounds of the time and the generated kernels, cross-compiled (a second or two each), with
+            registers, spills and shared memory. Without it, passes decide for the device the model is on.
 
     Raises:
         SettingError: for a setting that is misspelt or cannot be applied to this model.
@@ -61,6 +63,41 @@ def plan(
     return Report(graphs)
 
 
+PHASES = ("prompt", "decode", "both")
+
+
+def plan_phases(
+    model: nn.Module,
+    *techniques: Given,
+    target: str | None = None,
+    phase: str = "both",
+    tokens: int = 32,
+    cache: int = 4096,
+    batch: int = 1,
+) -> Report:
+    """:func:`plan` of a prompt, of a decode step on a static cache, or of both in one report.
+
+    ``both`` is the prompt alone for a model that does not generate with a cache.
+
+    Raises:
+        SettingError: as :func:`plan` does, and for a phase that does not exist or that this model has not.
+    """
+    if phase not in PHASES:
+        raise SettingError(f"phase={phase!r}: allowed are {', '.join(PHASES)}.{nearest(phase, PHASES)}")
+    device = next((p.device for p in model.parameters()), "cpu")
+    given = [default_inputs(model, device, tokens=tokens, batch=batch)] if phase != "decode" else []
+    try:
+        given += [decode_inputs(model, cache=cache, batch=batch)] if phase != "prompt" else []
+    except SettingError:
+        if phase == "decode":
+            raise
+    reports = [plan(model, *techniques, inputs=inputs, target=target) for inputs in given]
+    graphs = [graph for report in reports for graph in report.graphs]
+    for number, graph in enumerate(graphs):
+        graph.number = number
+    return Report(graphs)
+
+
 def _dry(settings: Settings, model: str, device: roofline.Device | None, graphs: list[GraphRecord]) -> Any:
     """A backend that runs the passes on each graph, and answers calls with zeros."""
 
@@ -70,16 +107,21 @@ def _dry(settings: Settings, model: str, device: roofline.Device | None, graphs:
         graphs.append(record)
         number_nodes(gm.graph)
         describe(record, gm)
-        record.role, record.model = "plan", model
+        record.role = "plan decode" if record.role == "decode" else "plan"
+        record.model = model
         answer = zeros_for(gm.graph)
+        gm = own_module(gm)
+        if device is not None:
+            move_graph(gm.graph)
         recorder = Recorder(record, settings.record)
         recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
-        before = work(gm.graph)
-        gm, _, _ = run_passes(gm, record, recorder, settings)
+        before = list(costs(node_rows(gm.graph)))
+        with roofline.planning(device):
+            gm, _, _ = run_passes(gm, record, recorder, settings)
         if device is not None:
-            record.remarks.append(Remark(ESTIMATE, "analysis", "", _estimate(before, work(gm.graph), device)))
+            record.remarks.append(Remark(ESTIMATE, "analysis", "", _estimate(before, list(costs(node_rows(gm.graph))), device)))
             record.settings.append(EffectiveSetting("target", device.name, "plan"))
-            cross_compiled(gm.graph, record, device)
+            record_kernels(gm, record, device, compiled=True)
         record.seconds = time.perf_counter() - started
         return answer
 
@@ -149,20 +191,53 @@ def _moved(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
 
 
-def default_inputs(model: nn.Module, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Keyword arguments of one forward: token ids ``[1, 32]`` 0 to 31, or zeros of the configured image size."""
+def default_inputs(
+    model: nn.Module, device: torch.device | str = "cpu", *, tokens: int = 32, batch: int = 1
+) -> dict[str, Any]:
+    """Keyword arguments of one forward: token ids ``[batch, tokens]`` from 0, or zeros of the configured image size."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
     if getattr(config, "image_size", None) and not getattr(text, "vocab_size", None):
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2  # type: ignore[union-attr]
-        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), *size, device=device)}
+        return {"pixel_values": torch.zeros(batch, getattr(config, "num_channels", 3), *size, device=device)}
     if text is None or not getattr(text, "vocab_size", None):
         raise SettingError(
             f"plan cannot guess the inputs of {type(model).__name__}: give inputs={{...}}, the keyword arguments of "
             "one forward (meta tensors will do)."
         )
-    ids = torch.arange(32, device=device).remainder(text.vocab_size)[None]  # type: ignore[union-attr]
+    ids = torch.arange(tokens, device=device).remainder(text.vocab_size).expand(batch, tokens)  # type: ignore[union-attr]
     return {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})}
+
+
+def decode_inputs(model: nn.Module, *, cache: int = 4096, batch: int = 1) -> dict[str, Any]:
+    """Keyword arguments of one decode step on a static cache of `cache` positions, as ``generate`` makes them.
+
+    The cache lies on the model's device; on the meta device it takes no memory.
+
+    Raises:
+        SettingError: for a model that does not generate with a cache.
+    """
+    config = getattr(model, "config", None)
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    if prepare is None or config is None or getattr(config, "is_encoder_decoder", False):
+        raise SettingError(
+            f"{type(model).__name__} does not generate with a cache that plan knows how to make: give inputs={{...}}, "
+            "the keyword arguments of one step."
+        )
+    from transformers import StaticCache
+
+    text = config.get_text_config()
+    weight = next(model.parameters())
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kept = StaticCache(config=text, max_cache_len=cache)
+    kept.early_initialization(batch, heads, width, weight.dtype, weight.device)
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=weight.device)
+    seen = torch.ones(batch, cache, dtype=torch.long, device=weight.device)
+    return dict(
+        prepare(ids, past_key_values=kept, attention_mask=seen, position_ids=torch.zeros_like(ids), use_cache=True,
+                next_sequence_length=1)
+    )  # fmt: skip
 
 
 def _target(name: str | None) -> roofline.Device | None:
@@ -177,37 +252,12 @@ def _target(name: str | None) -> roofline.Device | None:
     return found
 
 
-def work(graph: fx.Graph) -> tuple[float, float, str]:
-    """(floating-point operations, bytes read and written, data type) of the matrix products and attentions of `graph`.
-
-    Everything else is taken as fused into them, so times made of it are lower bounds.
-    """
-    flops = moved = 0.0
-    dtype = "bfloat16"
-    for node in graph.nodes:
-        out = node.meta.get("example_value")
-        inputs = [v for a in node.all_input_nodes if isinstance(v := a.meta.get("example_value"), torch.Tensor)]
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        attention = "attention" in name
-        if not isinstance(out, torch.Tensor) or len(inputs) < 2 or not (attention or name.split(".")[0] in _PRODUCTS):
-            continue
-        dtype = str(out.dtype).removeprefix("torch.")
-        moved += sum(float(t.numel() * t.element_size()) for t in (*inputs, out))
-        length = inputs[1].shape[-2] if attention and inputs[1].ndim > 1 else inputs[0].shape[-1]
-        flops += (4.0 if attention else 2.0) * float(out.numel()) * float(length)
-    return flops, moved, dtype
-
-
-_PRODUCTS = ("linear", "fused_linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum")
-
-
-def _estimate(before: tuple[float, float, str], after: tuple[float, float, str], device: roofline.Device) -> str:
-    first, last = (
-        1e3 * roofline.estimate(flops, moved, device, dtype if dtype in device.flops else "float32")
-        for flops, moved, dtype in (before, after)
-    )
-    bound = "memory" if after[1] / device.bandwidth >= last * 0.999e-3 else "arithmetic"
+def _estimate(before: list[Cost], after: list[Cost], device: roofline.Device) -> str:
+    first, last = (1e3 * sum(max(cost.seconds(device)) for cost in costs) for costs in (before, after))
+    memory = sum(max(0.0, by_memory - by_arithmetic) for by_arithmetic, by_memory in (c.seconds(device) for c in after))
+    bound = "memory" if memory >= 0.5e-3 * last else "arithmetic"
+    flops, moved = sum(cost.flops for cost in after), sum(cost.moved for cost in after)
     return (
         f"at least {first:.3g} ms as captured, {last:.3g} ms as rewritten on {device.name} ({bound}-bound, "
-        f"{after[0] / 1e9:.3g} GFLOP, {after[1] / 1e9:.3g} GB; products and attention only)"
+        f"{flops / 1e9:.3g} GFLOP, {moved / 1e9:.3g} GB; products and attention only)"
     )

@@ -235,7 +235,12 @@ def clear() -> None:
 
 
 def graph_summary(graph: GraphRecord) -> str:
-    """The terminal block of one graph."""
+    """The terminal block of one graph: a line for each technique, at most 100 columns wide."""
+    return "\n".join(line if len(line) <= 100 else line[:97] + "..." for line in summary_lines(graph))
+
+
+def summary_lines(graph: GraphRecord) -> list[str]:
+    """The lines of :func:`graph_summary`, however wide they are."""
     passes = len(graph.stages) - 1
     head = (
         f"fxopt: graph {graph.compile_id} {graph.model} {graph.role}"
@@ -263,12 +268,12 @@ def graph_summary(graph: GraphRecord) -> str:
                 line += f"  {first.code} {first.path + ': ' if first.path else ''}{first.message}{more}"
         else:
             line = f"  . {name:<{width}}  {remarks[0].message}"
-        lines.append(line if len(line) <= 100 else line[:97] + "...")
+        lines.append(line)
     lines += [f"  # {name}: {value:.6g}" for name, value in graph.counted.items()]
     lines += _depths(graph)
     if graph.error:
-        lines.append(f"  ! {graph.error.splitlines()[0]}"[:100])
-    return "\n".join(lines)
+        lines.append(f"  ! {graph.error.splitlines()[0]}")
+    return lines
 
 
 def _depths(graph: GraphRecord) -> list[str]:

@@ -80,7 +80,12 @@ class PassContext:
         self.remarks.append(Remark(self.technique, status, path, message, code, line, count))
 
     def kernel(self, record: KernelRecord) -> None:
-        """A kernel was generated for nodes of this graph."""
+        """A kernel was generated for nodes of this graph; layers that share one share its record."""
+        for known in self.record.kernels:
+            if known.name == record.name:
+                known.nodes = tuple(sorted({*known.nodes, *record.nodes}))
+                known.modules = tuple(dict.fromkeys((*known.modules, *record.modules)))
+                return
         self.record.kernels.append(record)
 
     # -- the graph ----------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Part:
     region: set[fx.Node]
     exit: fx.Node
     refused: str = ""
+    code: str = "FX101"
 
 
 class PartFinder:
@@ -95,8 +96,8 @@ class PartFinder:
             if len(exits) != 1 or _widens(exits[0]):
                 continue
             problem = self._problem(products, exits[0])
-            if problem:
-                part.refused = problem
+            if problem is not None:
+                part.refused, part.code = problem
                 continue
             part.region, part.products, part.exit, part.refused = set(region), list(products), exits[0], ""
             for other in joined:
@@ -132,7 +133,7 @@ class PartFinder:
 
     def _tell_end(self, part: Part) -> None:
         if part.refused:
-            self.context.missed("FX101", part.exit, f"what follows stays outside: {part.refused}")
+            self.context.missed(part.code, part.exit, f"what follows stays outside: {part.refused}")
         if len(part.region) > 1:
             return
         takes = [u for u in part.exit.users if self._absorbable(u, part.exit)]
@@ -152,18 +153,18 @@ class PartFinder:
         tensors = [value_of(n) for n in node.all_input_nodes]
         return all(isinstance(t, torch.Tensor) and t.device == like.device for t in tensors)
 
-    def _problem(self, products: Sequence[fx.Node], end: fx.Node) -> str:
-        """Why `products` up to `end` are no epilogue; empty when they are one."""
+    def _problem(self, products: Sequence[fx.Node], end: fx.Node) -> tuple[str, str] | None:
+        """Why `products` up to `end` are no epilogue, and the reason's code; None when they are one."""
         value = value_of(end)
         if not _lies_together(value):
-            return f"{end.name} has strides {value.stride()}, kernels write rows that lie together"
+            return f"{end.name} has strides {value.stride()}, kernels write rows that lie together", "FX101"
         if len({value_of(p).shape[-1] for p in products}) > 1:
-            return f"{end.name} joins products of different widths"
+            return f"{end.name} joins products of different widths", "FX101"
         try:
             from_nodes(products, [end])
         except Unsupported as reason:
-            return reason.reason
-        return ""
+            return reason.reason, "FX102" if reason.argument else "FX101"
+        return None
 
 
 def _widens(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ AOTAutograd carries down to the ATen graph.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import fx
 
@@ -63,9 +63,27 @@ def shorten(path: str) -> str:
     return "/".join(path.split("/")[-2:])
 
 
+def branches(node: fx.Node) -> list[tuple[str, fx.GraphModule]]:
+    """Graphs that a call takes as arguments (``torch.cond``), with the attribute that holds each."""
+    owner = node.graph.owning_module
+    if owner is None or node.op != "call_function":
+        return []
+    taken = [a for a in node.all_input_nodes if a.op == "get_attr" and "." not in str(a.target)]
+    found = [(str(a.target), getattr(owner, str(a.target), None)) for a in taken]
+    return [(name, module) for name, module in found if isinstance(module, fx.GraphModule)]
+
+
+def all_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of a graph, then those of the branches of its conditionals."""
+    yield from graph.nodes
+    for node in graph.nodes:
+        for _, module in branches(node):
+            yield from all_nodes(module.graph)
+
+
 def number_nodes(graph: fx.Graph) -> None:
     """Give every node of a freshly captured graph its id."""
-    for number, node in enumerate(graph.nodes):
+    for number, node in enumerate(all_nodes(graph)):
         custom = dict(node.meta.get("custom") or {})
         custom[ID] = number
         node.meta["custom"] = custom

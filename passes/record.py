@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxopt.passes.provenance import module_path, node_id, origin_ids, source_line
+from fxopt.passes.provenance import all_nodes, branches, module_path, node_id, origin_ids, source_line
 from fxopt.passes.reasons import REASONS
 
 SCHEMA_VERSION = 1
@@ -190,13 +192,15 @@ class Recorder:
         self.record = record
         self.level = level or record_level()
         self._rows: dict[int, NodeRow] = {}
+        self._copies: dict[tuple[str, int, int], int] = {}
 
     def stage(self, name: str, graph: fx.Graph, *, level: str, seconds: float, exact: bool = True) -> Stage:
         """Append the state of `graph` after the pass `name`."""
         before = self.record.nodes_after
-        stage = Stage(name, level, seconds, before, len(graph.nodes), exact=exact)
+        size = sum(node.graph is graph or node.op not in ("placeholder", "output") for node in all_nodes(graph))
+        stage = Stage(name, level, seconds, before, size, exact=exact)
         if self.level != "0":
-            rows = {row.id: row for row in map(node_row, graph.nodes)}
+            rows = {row.id: row for row in node_rows(graph, self._copies)}
             stage.removed = [i for i in self._rows if i not in rows]
             stage.added = [row for i, row in rows.items() if i not in self._rows]
             stage.changed = [row for i, row in rows.items() if i in self._rows and self._rows[i] != row]
@@ -204,19 +208,64 @@ class Recorder:
                 stage.order = list(rows)
             self._rows = rows
         if self.level == "full":
-            stage.code = str(graph.python_code("self").src)
+            stage.code = graph_code(graph)
         self.record.stages.append(stage)
         return stage
 
 
-def node_row(node: fx.Node) -> NodeRow:
-    """`node` as data."""
+FIRST_COPY = 1 << 30
+"""Ids of copied nodes begin here: a branch holds nodes that stand in the other branch too."""
+
+
+def node_rows(graph: fx.Graph, copies: dict[tuple[str, int, int], int] | None = None) -> list[NodeRow]:
+    """The node table of a graph; what the branches of a conditional hold stands before the call that chooses one.
+
+    Inside a branch, operands have the names they have outside. The larger branch keeps the names and ids of its nodes;
+    what stands in both gets ids of its own, which `copies` keeps the same from stage to stage.
+    """
+    rows: list[NodeRow] = []
+    _add_rows(graph, {}, "", rows, {node.name for node in graph.nodes}, {}, {} if copies is None else copies)
+    return rows
+
+
+def _add_rows(
+    graph: fx.Graph, names: dict[fx.Node, str], branch: str, rows: list[NodeRow], used: set[str],
+    seen: dict[int, int], copies: dict[tuple[str, int, int], int],
+) -> None:  # fmt: skip
+    for node in graph.nodes:
+        if branch and node.op in ("placeholder", "output"):
+            continue
+        for name, module in sorted(branches(node), key=lambda item: -len(item[1].graph.nodes)):
+            operands = node.args[-1] if node.args and isinstance(node.args[-1], (tuple, list)) else ()
+            inner = dict(zip(module.graph.find_nodes(op="placeholder"), operands, strict=False))
+            outside = {own: names.get(given, given.name) for own, given in inner.items() if isinstance(given, fx.Node)}
+            _add_rows(module.graph, outside, name, rows, used, seen, copies)
+        number, times = node_id(node), seen.get(node_id(node), 0)
+        if branch and (times or number < 0):
+            number = copies.setdefault((branch, number, times), FIRST_COPY + len(copies))
+        if branch and (times or node.name in used):
+            names[node] = f"{branch}__{node.name}"
+        seen[node_id(node)] = times + 1
+        used.add(node.name)
+        rows.append(dataclasses.replace(node_row(node, names), id=number, name=names.get(node, node.name)))
+
+
+def graph_code(graph: fx.Graph) -> str:
+    """A graph as Python: its ``forward``, after a function for each branch of its conditionals."""
+    inner = {name: module for node in graph.nodes for name, module in branches(node)}
+    parts = [graph_code(module.graph).replace("def forward(", f"def {name}(") for name, module in inner.items()]
+    return "\n".join([*parts, str(graph.python_code("self").src)])
+
+
+def node_row(node: fx.Node, names: Mapping[fx.Node, str] = MappingProxyType({})) -> NodeRow:
+    """`node` as data; `names` has those of its operands that are called otherwise than in their graph."""
     value = node.meta.get("example_value", node.meta.get("val"))
     shape = dtype = ""
     if isinstance(value, torch.Tensor):
         shape = "x".join(str(size) for size in value.shape)
         dtype = str(value.dtype).removeprefix("torch.")
-    arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
+    arguments = [_argument(a, names) for a in node.args]
+    arguments += [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
     return NodeRow(
         node_id(node), node.name, node.op, target_name(node), ", ".join(arguments), shape, dtype,
         module_path(node), source_line(node), origin_ids(node),
@@ -233,15 +282,13 @@ def target_name(node: fx.Node) -> str:
     return name.removeprefix("_") if name.startswith("_log") else name
 
 
-def _argument(value: Any) -> str:
+def _argument(value: Any, names: Mapping[fx.Node, str]) -> str:
     if isinstance(value, fx.Node):
-        return value.name
+        return names.get(value, value.name)
     if isinstance(value, (tuple, list)):
-        inner = ", ".join(_argument(v) for v in value)
+        inner = ", ".join(_argument(v, names) for v in value)
         return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
     if isinstance(value, slice):
-        return (
-            ":".join("" if v is None else _argument(v) for v in (value.start, value.stop, value.step)).rstrip(":")
-            or ":"
-        )
+        ends = ("" if v is None else _argument(v, names) for v in (value.start, value.stop, value.step))
+        return ":".join(ends).rstrip(":") or ":"
     return str(value)

@@ -61,7 +61,7 @@ class Rewriter:
         self.pass_name = pass_name
         self.changed = False
         self._replaced: dict[fx.Node, fx.Node] = {}
-        self._next = 1 + max((provenance.node_id(n) for n in graph.nodes), default=-1)
+        self._next = 1 + max(map(provenance.node_id, provenance.all_nodes(graph)), default=-1)
         self._fake_mode: FakeTensorMode | None = None
 
     # -- making nodes -------------------------------------------------------------------------------------------

@@ -275,8 +275,8 @@ def _translate(reader: _Reader, node: fx.Node, name: str | None, args: list[Any]
     kwargs = {key: value for key, value in node.kwargs.items() if value is not None and value is not False}
     origin = _origin(node)
 
-    def refuse(why: str) -> Unsupported:
-        return Unsupported(f"{node.name}: {why}")
+    def refuse(why: str, argument: bool = False) -> Unsupported:
+        return Unsupported(f"{node.name}: {why}", argument=argument)
 
     if name in ("to", "float", "half", "bfloat16", "type_as", "type"):
         allowed = {"dtype"}
@@ -322,7 +322,8 @@ def _translate(reader: _Reader, node: fx.Node, name: str | None, args: list[Any]
     if name not in OPERATIONS:
         raise refuse(f"{node.target} is not a pointwise operation that an epilogue can hold")
     if kwargs:
-        raise refuse(f"{name} with {', '.join(kwargs)}")
+        given = ", ".join(f"{key}={value}" for key, value in kwargs.items())
+        raise refuse(f"expected {name} without {', '.join(kwargs)}, found {given}", argument=True)
     if len(args) != OPERATIONS[name].arity:
         raise refuse(f"{name} takes {OPERATIONS[name].arity} arguments here, got {len(args)}")
     return reader.add_step(name, args, origin)

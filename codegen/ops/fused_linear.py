@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fxopt.codegen import roofline
 from fxopt.codegen.dataflow import Dataflow
 from fxopt.codegen.kernels.epilogue import Epilogue, Extra, Output, Step, dtype_name
 from fxopt.codegen.kernels.gemm import MAX_ROWS, FusedLinear, Norm, reference
@@ -68,10 +69,16 @@ def launch(
     return [_laid_out(y) for y in flow.run(fused, x, weights, extras, origin)]
 
 
-@functools.lru_cache(maxsize=64)
 def dataflow(dtype: str, device: torch.device, tables: str, max_m: int) -> Dataflow:
     """The decisions for one dtype and device; a table is looked for once per process."""
-    return Dataflow(dtype, device, tables or None, max_m)
+    return _dataflow(dtype, device, tables, max_m, roofline.planned_device())
+
+
+@functools.lru_cache(maxsize=64)
+def _dataflow(
+    dtype: str, device: torch.device, tables: str, max_m: int, planned: roofline.Device | None
+) -> Dataflow:
+    return Dataflow(dtype, device, tables or None, max_m, planned)
 
 
 def _laid_out(y: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import typer
 VIEWS = ("summary", "why", "diff", "stages", "kernels", "numerics", "repro", "explain")
 """What ``--view`` takes."""
 
-SHORTFALL, MISUSE, SCRIPT_FAILED = 1, 2, 3
-"""Exit codes besides 0: an expectation does not hold, or a pass diverges; bad input; the script failed."""
+SHORTFALL, MISUSE, SCRIPT_FAILED, PIPE_CLOSED = 1, 2, 3, 141
+"""Exit codes besides 0: an expectation does not hold, or a pass diverges; bad input; the script failed; the output was
+closed before its end (what a shell says of ``head``)."""
 
 
 def inspect(
@@ -88,6 +89,9 @@ def inspect(
             shown = views.summary(report)
         _show(shown, as_json)
         failed = [message for message in (views.unmet(report, text) for text in expect or []) if message]
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(PIPE_CLOSED) from None
     except (ValueError, KeyError, OSError, ImportError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
     for message in failed:
@@ -144,7 +148,7 @@ def _recording(level: str) -> Iterator[None]:
 
 
 def _show(shown: Any, as_json: bool) -> None:
-    print(json.dumps(shown.to_dict(), indent=1) if as_json else shown.text())
+    print(json.dumps(shown.to_dict(), indent=1) if as_json else shown.text(), flush=True)
 
 
 def _fail(message: str) -> Any:

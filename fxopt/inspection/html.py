@@ -15,7 +15,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from fxopt.inspection import places
-from fxopt.inspection.work import work
+from fxopt.inspection.work import least_seconds, work
 from fxopt.passes.reasons import REASONS
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, NodeRow, Remark, Stage
 
@@ -105,7 +105,11 @@ def payload(report: Report, trim: int = 0) -> dict[str, Any]:
     left_out = {name for name, _ in TRIMMED[:trim]}
     strings = _Strings()
     graphs = [
-        {**_graph(graph, index, strings, left_out), "work": work(graph, report.environment)}
+        {
+            **_graph(graph, index, strings, left_out),
+            "work": work(graph, report.environment),
+            "least": least_seconds(graph, report.environment),
+        }
         for index, graph in enumerate(report.graphs)
     ]
     used = {remark.code for remark in report.remarks if remark.code}

@@ -22,11 +22,24 @@ TRIALS = 120
 
 @dataclass(frozen=True)
 class Program:
-    """Statements of a graph's ``forward``. ``values``: the recorded row of every name, for shape and type."""
+    """Statements of a graph's ``forward``. ``values``: the recorded row of every name, for shape and type;
+    ``branches``: what its conditionals choose from, as methods."""
 
     parameters: tuple[str, ...]
     statements: tuple[ast.stmt, ...]
     values: dict[str, NodeRow]
+    branches: tuple[ast.FunctionDef, ...] = ()
+
+    def functions(self) -> list[ast.FunctionDef]:
+        """The branches that are left, those that they need first, and ``forward``."""
+        forward = self.function()
+        needed, waiting = set[str](), [forward]
+        while waiting:
+            function = waiting.pop()
+            named = {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)} - needed
+            waiting += [b for b in self.branches if b.name in named]
+            needed |= {b.name for b in self.branches if b.name in named}
+        return [*(b for b in self.branches if b.name in needed), forward]
 
     def function(self) -> ast.FunctionDef:
         names = [ast.arg(arg=name) for name in ("self", *self.parameters)]

@@ -34,12 +34,14 @@ function lazy(details, fill) {
 
 function graphSection(graph) {
   const g = graph.index;
+  const planned = graph.role.startsWith("plan"), least = graph.least.filter(s => s > 0);
   const facts = [
     ["nodes", `${number(graph.before)} → ${number(graph.after)}`],
     ["passes", graph.stages.length ? graph.stages.length - 1 : 0],
-    ["compile", time(graph.seconds)],
-    ["inductor", graph.inductor ? time(graph.inductor) : "not run"],
-  ];
+    [planned ? "planned in" : "compiled in", time(graph.seconds)],
+    !planned && ["Inductor", graph.inductor ? time(graph.inductor) : "not run"],
+    least.length > 0 && [`least time on ${graph.work.device}`, `${time(least[0])} → ${time(least[least.length - 1])}`],
+  ].filter(Boolean);
   return el("section.graph", { id: `g${g}` },
     el("h2", {}, `${graph.model} `, el("span.quiet", {}, `${graph.role} ${graph.inputs}  graph ${graph.id}`)),
     graph.error && el("p.error", { role: "alert" }, "This compilation failed: ", el("code", {}, graph.error)),
@@ -64,7 +66,7 @@ function stripBlock(graph) {
   const asked = graph.techniques;
   if (!asked.length) return el("div.block", {}, el("p.quiet", {}, "No technique was asked for; Inductor compiled the graph as captured."));
   return el("div.block.strips", {}, graph.strips.map(strip => stripOf(graph, strip)),
-    el("p.legend", {}, ["applied", "missed", "blocked"].map(s => badge(s)),
+    el("p.legend", {}, ["applied", "missed", "blocked", "analysis"].map(s => badge(s)),
       el("span.quiet", {}, "= exact   ~ approximate   empty: the setting does not name this layer")));
 }
 
@@ -86,7 +88,8 @@ function stripOf(graph, strip) {
 }
 
 function stripCell(graph, run, technique) {
-  const seen = (run.cells[technique] || []).filter(([status]) => status !== "analysis");
+  const all = run.cells[technique] || [], told = all.filter(([status]) => status !== "analysis");
+  const seen = told.length ? told : all;  // a note says why there was nothing to do; beside an outcome it says more
   const states = [...new Set(seen.map(([status]) => status))];
   const kind = states.length > 1 ? "mixed" : states[0] || "none";
   const words = seen.map(([status, code, count]) => `${count} ${WORDS[status]}${code ? " " + code : ""}`).join(", ") || "left as it is";
@@ -125,7 +128,7 @@ function remarkRow(graph, r) {
     r.source && el("p.quiet", {}, lineLink(graph, r.source)));
 }
 
-const moduleLink = (graph, path) => (path ? link(`g${graph.index}.m:${path}`, path, "mono") : el("span.quiet", {}, "the whole graph"));
+const moduleLink = (graph, path, text) => (path ? link(`g${graph.index}.m:${path}`, text || path, "mono") : el("span.quiet", {}, "the whole graph"));
 const lineLink = (graph, source) => (source ? link(`g${graph.index}.l:${source}`, source, "mono") : "");
 const nodeLink = (graph, node) => link(`g${graph.index}.n${node.id}`, shortName(node.name), "mono");
 
@@ -148,7 +151,7 @@ function passesBlock(graph) {
   });
   flush();
   if (!items.length) items.push(el("li.noop", {}, "no pass ran"));
-  const tail = el("li.noop.tail", {}, graph.inductor ? ["Inductor finished the graph", bar(graph.inductor, longest)] : "Inductor did not run");
+  const tail = el("li.noop.tail", {}, graph.inductor ? ["Inductor finished the graph", bar(graph.inductor, longest)] : graph.role.startsWith("plan") ? "a plan: nothing was compiled" : "Inductor did not run");
   return el("div.block", { id: `g${graph.index}.passes` }, el("h3", {}, "Passes"), el("ol.passes", {},
     el("li.noop", {}, `captured by Dynamo: ${number(graph.before)} nodes`, graph.stages[0].code ? codeDetails(graph.stages[0]) : null),
     items, tail));
@@ -162,12 +165,22 @@ function passDetails(graph, stage, longest) {
   const details = el("details.pass", { id: `g${graph.index}.s${stage.index}` },
     el("summary", {}, el("b", {}, stage.exact ? "= " : "~ ", stage.name),
       el("span.delta", {}, el("span.plus", {}, `+${added}`), " ", el("span.minus", {}, `−${removed}`), " ", el("span.tilde", {}, `~${changed}`)),
-      el("span.quiet", {}, `${number(stage.before)} → ${number(stage.after)} nodes, ${stage.level} level`), bar(stage.seconds, longest)));
+      el("span.quiet", {}, `${number(stage.before)} → ${number(stage.after)} nodes, ${stage.level} level`),
+      worth(graph, stage.index), bar(stage.seconds, longest)));
   return lazy(details, () => [
     stage.added.length + stage.removed.length + stage.changed.length ? differenceTable(graph, stage)
       : el("p.quiet", {}, "The node tables were not kept (FXOPT_RECORD=0, or left out to keep the page small)."),
     stage.code ? codeDetails(stage) : "",
   ]);
+}
+
+/** What a pass takes off the least time of the graph, where that tells: reads and products saved. */
+function worth(graph, index) {
+  const before = graph.least[index - 1], after = graph.least[index];
+  if (!before || !after || Math.abs(after / before - 1) < 0.0005) return null;
+  const percent = 100 * (after / before - 1);
+  return el("span.worth" + (percent < 0 ? ".less" : ""), { title: `least time on ${graph.work.device}: ${time(before)} → ${time(after)}` },
+    `${percent < 0 ? "−" : "+"}${Math.abs(percent).toFixed(Math.abs(percent) < 10 ? 1 : 0)}% least time`);
 }
 
 function differenceTable(graph, stage) {
@@ -228,20 +241,42 @@ const clip = (text, most) => (text.length > most ? text.slice(0, most - 1) + "�
 
 // -- kernels, tree --------------------------------------------------------------------------------------------------
 
+const MEASURES = ["registers", "spills", "shared bytes"];
+
+/** Resources of a kernel's functions as one table: {"async_split registers": 96, ...}. */
+function functionsTable(kernel) {
+  const rows = new Map();
+  for (const [key, value] of Object.entries(kernel.resources)) {
+    const measure = MEASURES.find(m => key === m || key.endsWith(" " + m));
+    if (!measure || typeof value === "object") continue;
+    const name = key === measure ? kernel.family : key.slice(0, -measure.length - 1);
+    rows.set(name, { ...rows.get(name), [measure]: value });
+  }
+  if (!rows.size) return null;
+  return el("table.plain.functions", {}, el("tbody", {}, el("tr", {}, el("th"), MEASURES.map(m => el("th", { scope: "col" }, m))),
+    [...rows].map(([name, found]) => el(Number(found.spills) > 0 ? "tr.warn" : "tr", {}, el("th", { scope: "row" }, name),
+      MEASURES.map(m => el("td", {}, m in found ? number(found[m]) : ""))))));
+}
+
 function kernelsBlock(graph) {
-  const pairs = object => el("table.plain", {}, el("tbody", {}, Object.entries(object)
-    .filter(([, v]) => !(typeof v === "string" && v.includes("\n")))
-    .map(([k, v]) => el(/spill/.test(k) && Number(v) > 0 ? "tr.warn" : "tr", {}, el("th", { scope: "row" }, k),
-      el("td", {}, typeof v === "object" ? JSON.stringify(v) : v)))));
-  const texts = object => Object.entries(object).filter(([, v]) => typeof v === "string" && v.includes("\n"))
-    .map(([k, v]) => lazy(el("details", {}, el("summary", {}, k)), () => el("pre", {}, v)));
-  return el("div.block", {}, el("h3", {}, "Kernels"), graph.kernels.map((k, i) =>
+  const isText = v => typeof v === "string" && (v.includes("\n") || v.length > 200);
+  const short = object => Object.entries(object).filter(([k, v]) => !isText(v) && !MEASURES.some(m => k === m || k.endsWith(" " + m)));
+  const words = entries => entries.map(([k, v]) => [el("span.pairname", {}, k), ` ${typeof v === "object" ? JSON.stringify(v) : v}   `]);
+  const texts = object => Object.entries(object).filter(([, v]) => isText(v))
+    .map(([k, v]) => lazy(el("details", {}, el("summary", {}, k, el("span.quiet", {}, ` ${number(v.split("\n").length)} lines`))), () => el("pre", {}, v)));
+  const folded = modules => {
+    const groups = new Map();
+    for (const m of modules) { const key = m.replace(/(^|\.)\d+(?=\.|$)/g, "$1*"); groups.set(key, [...(groups.get(key) || []), m]); }
+    return [...groups].map(([key, members], n) => [n ? ", " : "", moduleLink(graph, members[0], members.length > 1 ? key : members[0]), members.length > 1 ? ` ×${members.length}` : ""]);
+  };
+  return el("div.block", { id: `g${graph.index}.kernels` }, el("h3", {}, "Kernels"), graph.kernels.map((k, i) =>
     el("article.kernel", { id: `g${graph.index}.k${i}` }, el("h4", {}, k.name, el("span.quiet", {}, `  ${k.family}`)),
-      k.modules.length > 0 && el("p", {}, "for ", k.modules.slice(0, 8).map((m, n) => [n ? ", " : "", moduleLink(graph, m)]),
-        k.modules.length > 8 && ` and ${k.modules.length - 8} more`),
-      k.nodes.length > 0 && el("p", {}, "computes ", k.nodes.slice(0, 12).map((id, n) => [n ? ", " : "", nodeById(graph, id)])),
-      el("div.pair", {}, pairs(k.configuration), pairs(k.resources)), texts(k.resources),
-      k.source && lazy(el("details", {}, el("summary", {}, "generated source")), () => el("pre", {}, k.source)))));
+      k.modules.length > 0 && el("p", {}, "for ", folded(k.modules)),
+      k.nodes.length > 0 && el("p", {}, "computes ", k.nodes.slice(0, 12).map((id, n) => [n ? ", " : "", nodeById(graph, id)]),
+        k.nodes.length > 12 && el("span.quiet", {}, ` and ${number(k.nodes.length - 12)} more`)),
+      el("p.pairs", {}, words(short(k.configuration)), words(short(k.resources))), functionsTable(k),
+      k.source && lazy(el("details", {}, el("summary", {}, "generated source", el("span.quiet", {}, ` ${number(k.source.split("\n").length)} lines`)), ), () => el("pre", {}, k.source)),
+      texts(k.resources))));
 }
 
 const nodeById = (graph, id) => { const found = findNode(graph, id); return found ? nodeLink(graph, found.node) : `node ${id}`; };

@@ -133,17 +133,17 @@ def program(record: GraphRecord, stage: int) -> Program:
             "options={'record': 'full'}."
         )
     rows = record.rows(stage % count)
-    function = _checked(code)
+    function, branches = _checked(code)
     parameters = [a.arg for a in function.args.args if a.arg != "self"]
     given = [row for row in rows if row.op == "placeholder"]
     values = {row.name: row for row in rows} | dict(zip(parameters, given, strict=False))
-    return Program(tuple(parameters), tuple(function.body), values)
+    return Program(tuple(parameters), tuple(function.body), values, branches)
 
 
 def file_of(part: Program, record: GraphRecord, stage: int, environment: dict[str, str], tolerance: float) -> str:
     """The text of the file for `part` of a stage."""
     stage %= len(record.stages)
-    body = ast.unparse(part.function())
+    body = "\n\n".join(map(ast.unparse, part.functions()))
     placeholders = [(name, part.values[name]) for name in part.parameters]
     symbols = sorted({s for _, row in placeholders for s in re.findall(r"\bs\d+\b", f"{row.shape} {row.name}")})
     symbols += [s for s in re.findall(r"\bs\d+\b", body) if s not in symbols and s not in part.parameters]
@@ -199,38 +199,47 @@ def _word(text: str) -> str:
     return text
 
 
-def _checked(code: str) -> ast.FunctionDef:
-    """The ``forward`` of FX's code. A record is data: anything else in it is refused."""
+def _checked(code: str) -> tuple[ast.FunctionDef, tuple[ast.FunctionDef, ...]]:
+    """The ``forward`` of FX's code, and the branches that its conditionals choose from. A record is data: anything else
+    in it is refused."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise SettingError(f"the recorded code does not parse: {error}") from None
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     others = [n for n in tree.body if n not in functions and not isinstance(n, (ast.Import, ast.ImportFrom))]
-    if len(functions) != 1 or others:
-        raise SettingError("the recorded code is not one forward function, as FX writes it.")
-    function = functions[0]
+    names = [function.name for function in functions]
+    if not functions or others or names[-1] != "forward" or len(set(names)) != len(names):
+        raise SettingError("the recorded code is not one forward function and its branches, as FX writes it.")
+    for function in functions:
+        _check_body(function, names[:-1])
+    return functions[-1], tuple(functions[:-1])
+
+
+def _check_body(function: ast.FunctionDef, branches: list[str]) -> None:
     allowed = (ast.Assign, ast.Expr, ast.Return, ast.Pass)
-    if any(not isinstance(statement, allowed) for statement in function.body):
+    if any(not isinstance(statement, allowed) for statement in function.body) or function.decorator_list:
         raise SettingError("the recorded code is not a list of assignments, as FX writes it.")
     for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+        if own and node.attr not in branches:  # type: ignore[attr-defined]
             raise SettingError(
-                f"the stage calls a subgraph or holds a constant (self.{node.attr}), which the record does not keep; "
+                f"the stage holds a constant or a module (self.{node.attr}), which the record does not keep; "  # type: ignore[attr-defined]
                 "take an earlier stage."
             )
     known = {a.arg for a in function.args.args} | minimal.stored(function)
     unknown = [n for n in minimal.loaded(function) if n not in known and n not in _GLOBALS and n not in _BUILTINS]
     if unknown:
         raise SettingError(f"the stage calls what only exists in the process that recorded it: {', '.join(unknown)}.")
-    return function
 
 
 def _imports(part: Program) -> list[str]:
-    function = part.function()
-    known = {a.arg for a in function.args.args} | minimal.stored(function)
-    needed = {"torch"} | {name for name in minimal.loaded(function) if name in _GLOBALS and name not in known}
-    if "torch.ops.fxopt" in ast.unparse(function):
+    functions = part.functions()
+    needed = {"torch"}
+    for function in functions:
+        known = {a.arg for a in function.args.args} | minimal.stored(function)
+        needed |= {name for name in minimal.loaded(function) if name in _GLOBALS and name not in known}
+    if any("torch.ops.fxopt" in ast.unparse(function) for function in functions):
         needed.add("fxopt")
     return ["import sys", "", *(_GLOBALS[name] for name in _GLOBALS if name in needed)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import runpy
@@ -27,7 +28,8 @@ def run_script(path: str | os.PathLike[str], args: Sequence[str] = ()) -> Script
     """Run the script at `path` as ``__main__`` in this process; the report of all it compiled.
 
     An exception or a non-zero ``sys.exit`` of the script is kept in ``failure`` (and printed to stderr) rather than
-    raised, so that what was compiled before it can be looked at.
+    raised, so that what was compiled before it can be looked at. What the script prints goes to stderr: stdout belongs
+    to the view, which may be JSON or a file.
 
     Raises:
         FileNotFoundError: when there is no such script.
@@ -41,7 +43,8 @@ def run_script(path: str | os.PathLike[str], args: Sequence[str] = ()) -> Script
     sys.path.insert(0, str(script.resolve().parent))
     failure, names = "", {}
     try:
-        names = runpy.run_path(str(script), run_name="__main__")
+        with contextlib.redirect_stdout(sys.stderr):
+            names = runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:
         if stop.code not in (None, 0):
             failure = f"SystemExit: {stop.code}"

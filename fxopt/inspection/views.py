@@ -8,6 +8,7 @@ import operator
 import os
 import pathlib
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> Report:
 
 def summary(report: Report) -> View:
     """One block a graph: what was applied, what not, the first reason."""
-    from fxopt.reporting import graph_summary
+    from fxopt.reporting import summary_lines
 
     data = {
         "environment": dict(report.environment),
@@ -99,7 +100,7 @@ def summary(report: Report) -> View:
         if not report.graphs:
             yield "fxopt: nothing has been compiled yet"
         for graph in report.graphs:
-            for line in graph_summary(graph).split("\n"):
+            for line in summary_lines(graph):
                 yield from _hanging(line, width)
             yield from (f"  {line}" for line in _layer_lines(graph))
             if graph.error:
@@ -111,9 +112,9 @@ def summary(report: Report) -> View:
 
 
 def _hanging(line: str, width: int) -> list[str]:
-    first, *rest = wrapped(line.lstrip(), width - 6)
-    indent = " " * (len(line) - len(line.lstrip()))
-    return [indent + first, *(f"{indent}    {r}" for r in rest)]
+    """A line of the summary; where it is too wide, what goes on stands under its own text."""
+    indent = len(line) - len(line.lstrip())
+    return textwrap.wrap(line, width, subsequent_indent=" " * (indent + 4), break_on_hyphens=False) or [""]
 
 
 def _layer_lines(graph: GraphRecord) -> list[str]:
@@ -208,8 +209,12 @@ def kernels(report: Report) -> View:
                 width,
             )
             return
-        rows = [(g.compile_id, k.name, _modules(k), _pairs(k.configuration), _pairs(k.resources)) for g, k in found]
-        yield from table(("graph", "kernel", "for", "configuration", "resources"), rows, width)
+        for graph, kernel in found:
+            yield from wrapped(f"{kernel.name}  {kernel.family}, graph {graph.compile_id} {graph.role}", width)
+            yield from wrapped(f"for {_modules(kernel)}", width, "  ")
+            told = {k: v for k, v in kernel.resources.items() if not _per_function(k) and not _long(v)}
+            yield from wrapped(_pairs({**kernel.configuration, **told}), width, "  ")
+            yield from _functions(kernel)
         spilled = [k.name for _, k in found if _spills(k)]
         if spilled:
             yield from wrapped(f"Registers spilled: {', '.join(spilled)}.", width)
@@ -218,12 +223,42 @@ def kernels(report: Report) -> View:
 
 
 def _modules(kernel: KernelRecord) -> str:
-    first = ", ".join(kernel.modules[:2])
-    return first + (f" +{len(kernel.modules) - 2}" if len(kernel.modules) > 2 else "")
+    """Where a kernel runs, layers folded: ``model.layers.*.mlp.down_proj x80``."""
+    counts: dict[str, int] = {}
+    for path in kernel.modules:
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{name} x{n}" if n > 1 else name for name, n in counts.items()) or "no module"
+
+
+_MEASURES = ("registers", "spills", "shared bytes", "assembly")
+
+
+def _per_function(key: str) -> str:
+    """The measure at the end of a resource's name; empty where it is none: ``async_split registers``."""
+    return next((m for m in _MEASURES if key == m or key.endswith(f" {m}")), "")
+
+
+def _functions(kernel: KernelRecord) -> list[str]:
+    """One line for each function of a kernel: registers, spills, shared memory."""
+    functions: dict[str, dict[str, Any]] = {}
+    for key, value in kernel.resources.items():
+        measure = _per_function(key)
+        if measure and not _long(value):
+            functions.setdefault(key.removesuffix(measure).strip() or kernel.family, {})[measure] = value
+    width = max(map(len, functions), default=0)
+    return [
+        f"  {name:<{width}}  " + "  ".join(f"{found[m]:>5} {m}" for m in _MEASURES if m in found)
+        for name, found in functions.items()
+    ]
+
+
+def _long(value: object) -> bool:
+    return isinstance(value, str) and (len(value) > 60 or "\n" in value)
 
 
 def _pairs(values: dict[str, object]) -> str:
-    return " ".join(f"{k}={v}" for k, v in values.items() if not (isinstance(v, str) and len(v) > 40))
+    return ", ".join(f"{k} {v}" for k, v in values.items())
 
 
 def _spills(kernel: KernelRecord) -> bool:

@@ -1,23 +1,43 @@
 """Operations and bytes of a recorded graph, by component, against the roofline of a device.
 
-Read from the node table, so it works on a saved report. Matrix products and attention are counted; everything else is
-taken as fused into them, so the times are lower bounds.
+Read from the node table, so it works on a saved report, and for a plan before anything is saved. Matrix products and
+attention are counted; everything else is taken as fused into them, so the times are lower bounds. Of a conditional,
+the larger branch is counted: as if every layer ran.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from fxopt.codegen import roofline
-from fxopt.passes.record import GraphRecord, NodeRow
+from fxopt.passes.record import FIRST_COPY, GraphRecord, NodeRow
 
 YARDSTICK = "H200"
 """The device times are given for where the report names none of the table."""
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "bool": 1, "int8": 1}
-_PRODUCTS = ("linear", "fused_linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum")
+_PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum")
 _WORD = re.compile(r"[A-Za-z_]\w*")
+_LISTS = re.compile(r"^(\w+), \[([^\]]*)\], \[([^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one node computes and moves, at least."""
+
+    row: NodeRow
+    flops: float
+    moved: float
+    dtype: str
+
+    def seconds(self, device: roofline.Device) -> tuple[float, float]:
+        """(by arithmetic, by memory); the node needs the larger."""
+        return self.flops / device.peak(self.dtype if self.dtype in device.flops else "float32"), (
+            self.moved / device.bandwidth
+        )
 
 
 def work(graph: GraphRecord, environment: dict[str, str]) -> dict[str, Any]:
@@ -25,39 +45,74 @@ def work(graph: GraphRecord, environment: dict[str, str]) -> dict[str, Any]:
 
     Layers are added up under ``*``. Nodes of symbolic shape are left out.
     """
-    named = next((s.value for s in graph.settings if s.key == "target"), environment.get("device", ""))
-    device = roofline.DEVICES.get(named) or roofline.find_device(named) or roofline.DEVICES[YARDSTICK]
-    table = graph.rows(len(graph.stages) - 1)
-    by_name = {row.name: row for row in table}
+    device = device_of(graph, environment)
     sums: dict[str, list[float]] = {}
-    for row in table:
-        cost = _cost(row, by_name)
-        if cost is None:
-            continue
-        flops, moved = cost
-        dtype = row.dtype if row.dtype in device.flops else "float32"
-        entry = sums.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.module) or "(graph)", [0, 0.0, 0.0, 0.0, 0.0])
-        compute, memory = flops / device.peak(dtype), moved / device.bandwidth
-        for i, value in enumerate((1, flops, moved, max(compute, memory), compute - memory)):
+    for cost in costs(graph.rows(len(graph.stages) - 1)):
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", cost.row.module) or "(graph)"
+        entry = sums.setdefault(name, [0, 0.0, 0.0, 0.0, 0.0])
+        compute, memory = cost.seconds(device)
+        for i, value in enumerate((1, cost.flops, cost.moved, max(compute, memory), compute - memory)):
             entry[i] += value
     rows = [[name, int(n), f, b, s, "arithmetic" if gap > 0 else "memory"] for name, (n, f, b, s, gap) in sums.items()]
     return {"device": device.name, "rows": sorted(rows, key=lambda row: (-row[4], row[0]))}
 
 
-def _cost(row: NodeRow, by_name: dict[str, NodeRow]) -> tuple[float, float] | None:
-    """(floating-point operations, bytes) of a matrix product or an attention."""
-    name = row.target.split(".")[-1] if row.target.startswith("fxopt") else row.target
-    attention = "attention" in name
-    if row.op not in ("call_function", "call_method") or not (attention or name in _PRODUCTS):
+def device_of(graph: GraphRecord, environment: dict[str, str]) -> roofline.Device:
+    """The target of a plan, the device of the report, or the yardstick."""
+    named = next((s.value for s in graph.settings if s.key == "target"), environment.get("device", ""))
+    return roofline.DEVICES.get(named) or roofline.find_device(named) or roofline.DEVICES[YARDSTICK]
+
+
+def least_seconds(graph: GraphRecord, environment: dict[str, str]) -> list[float]:
+    """The least time of the graph after each stage, in seconds: what each pass is worth, as far as that tells."""
+    device, found = device_of(graph, environment), list[float]()
+    for number, stage in enumerate(graph.stages):
+        if number and stage.is_noop:
+            found.append(found[-1])
+        else:
+            found.append(sum(max(cost.seconds(device)) for cost in costs(graph.rows(number))))
+    return found
+
+
+def costs(table: Iterable[NodeRow]) -> Iterator[Cost]:
+    """The matrix products and attentions of a node table, in its order."""
+    rows = [row for row in table if row.id < FIRST_COPY]
+    by_name = {row.name: row for row in rows}
+    taken: dict[str, list[NodeRow]] = {}
+    for row in rows:
+        if row.target == "getitem":
+            taken.setdefault(row.args.split(",")[0], []).append(row)
+    for row in rows:
+        found = _cost(row, by_name, taken.get(row.name, []))
+        if found is not None:
+            yield found
+
+
+def _cost(row: NodeRow, by_name: dict[str, NodeRow], taken: list[NodeRow]) -> Cost | None:
+    """`taken`: what is taken out of the result where that is a list."""
+    if row.op not in ("call_function", "call_method"):
         return None
+    name = row.target.split(".")[1] if row.target.startswith("fxopt.") else row.target
     operands = [by_name[word] for word in dict.fromkeys(_WORD.findall(row.args)) if word in by_name]
-    shapes = [(_sizes(o.shape), o.dtype) for o in operands if o.dtype]
-    out = _sizes(row.shape)
-    if out is None or len(shapes) < 2 or any(shape is None for shape, _ in shapes):
+    operands = [operand for operand in operands if operand.dtype]
+    shapes = [_sizes(operand.shape) for operand in operands]
+    results = [row] if row.dtype else [result for result in taken if result.dtype and _sizes(result.shape)]
+    outs = [_sizes(result.shape) for result in results]
+    if len(shapes) < 2 or None in shapes or not outs or None in outs:
         return None
-    length = shapes[1][0][-2] if attention and len(shapes[1][0] or ()) > 1 else (shapes[0][0] or (1,))[-1]  # type: ignore[index]
-    moved = sum(prod(shape or ()) * _SIZES.get(dtype, 4) for shape, dtype in [*shapes, (out, row.dtype)])
-    return (4.0 if attention else 2.0) * prod(out) * length, float(moved)
+    if name == "fused_linear" and (lists := _LISTS.match(row.args)):
+        weights = [by_name[word] for word in lists[2].split(", ") if word in by_name]
+        flops = 2.0 * sum(prod(shapes[0][:-1]) * prod(_sizes(w.shape) or ()) for w in weights)  # type: ignore[index]
+    elif "attention" in name and len(shapes[1] or ()) > 1:
+        flops = 4.0 * prod(outs[0] or ()) * shapes[1][-2]  # type: ignore[index]
+        results = results[:1]
+    elif name in _PRODUCTS:
+        flops = 2.0 * prod(outs[0] or ()) * (shapes[0] or (1,))[-1]
+    else:
+        return None
+    touched = [*operands, *results]
+    moved = sum(prod(_sizes(r.shape) or ()) * _SIZES.get(r.dtype, 4) for r in touched)
+    return Cost(row, flops, float(moved), results[0].dtype)
 
 
 def _sizes(shape: str) -> tuple[int, ...] | None:

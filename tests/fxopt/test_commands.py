@@ -52,9 +52,13 @@ def test_doctor_json(run, tmp_path):
 
 def test_plan_of_a_config_needs_no_weights(run, tmp_path):
     TINY["llama"]().config.save_pretrained(tmp_path)
-    found = run("plan", "--model-config", str(tmp_path / "config.json"), "--set", 'layer_skip={"skip": [1]}')
+    arguments = ("plan", "--model-config", str(tmp_path / "config.json"), "--set", 'layer_skip={"skip": [1]}')
+    found = run(*arguments, "--cache", "64", "--expect", "layer_skip==2, graphs==2")
     assert found.exit_code == 0, found.output
-    assert "layer_skip" in found.output
+    assert "plan 1x32" in found.output and "plan decode 1x1" in found.output
+    assert found.output.count("layer_skip      1/1 applied") == 2
+    unmet = run(*arguments, "--phase", "prompt", "--expect", "layer_skip>=2")
+    assert unmet.exit_code == 1 and "found 1 applied" in unmet.output
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,7 @@ def test_plan_of_a_config_needs_no_weights(run, tmp_path):
         (("bench", "overhed"), "suites:"),
         (("plan",), "one of the two"),
         (("plan", "--model-config", "nowhere.json"), "no model config"),
+        (("inspect", "--view", "explain", "--code", "FX999"), "no reason code"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, arguments, words):
@@ -139,3 +144,19 @@ def test_doctor_counts_recompiles(eager_lowering):
         model(torch.zeros(1, 8, dtype=torch.long))
         model(torch.zeros(1, 9, dtype=torch.long))
     assert "2 graphs were compiled, 1 of them again" in finding(model, "graphs were compiled").what
+
+
+def test_doctor_lets_a_model_generate_and_says_what_was_compiled():
+    model = TINY["llama"]()
+    found = {f.what: f for f in doctor.examine(model, run=True)}
+    reached = next(f for what, f in found.items() if "reaches the backend" in what)
+    assert reached.level == "ok" and "3 graphs" in reached.what and "dynamic cache" in reached.what
+    copied = next(f for what, f in found.items() if "cache tensors as new tensors" in what)
+    assert "6 cache tensors" in copied.what and "'static'" in copied.advice  # keys and values of three layers
+    assert not any("is not compiled" in what for what in found)
+    model.generation_config.cache_implementation = "static"
+    static = [f.what for f in doctor.generate_once(model)]
+    assert static[-1] == "each step writes its cache in place" and "2 graphs" in static[0]
+    model.forward = lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken"))
+    (failed,) = doctor.generate_once(model)
+    assert failed.level == "problem" and "broken" in failed.what

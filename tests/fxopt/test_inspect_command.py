@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import fxopt
 from fxopt import SettingError
 from fxopt.inspection import minimal, views
 from fxopt.passes.record import NodeRow
+from fxopt.testing import TINY
 
 typer_testing = pytest.importorskip("typer.testing")
 
@@ -68,6 +71,12 @@ def test_a_failing_script_is_shown_saved_and_code_3(run, eager_lowering, script,
     assert found.exit_code == 3 and "the script failed: ValueError: half-way" in found.output
     assert views.load(tmp_path / "kept.json").count("layer_skip") == 1
     assert "layer_skip" in (tmp_path / "kept.html").read_text()
+
+
+def test_what_a_script_prints_does_not_mix_with_the_view(run, eager_lowering, script):
+    script.write_text(SCRIPT + "print('chatter')\n")
+    found = run("--json", "--", script)
+    assert json.loads(found.stdout)["view"] == "summary" and "chatter" in found.stderr
 
 
 def test_numerics_of_a_script(run, script):
@@ -134,6 +143,26 @@ def test_failures_are_told_apart(small):
     assert minimal.failure(source) == ""
     assert minimal.failure(source.replace("gelu(", "nothing_of_this_name(")) == "AttributeError"
     assert minimal.failure(source.replace("return gap(eager,", "return 1 + gap(eager,")) == "eager and compiled differ"
+
+
+def test_repro_of_a_stage_with_branches(eager_lowering, monkeypatch):
+    monkeypatch.setenv("FXOPT_RECORD", "full")
+    model = fxopt.compile(TINY["handwritten"](), fxopt.EarlyExit(layers=(1, 2)))
+    with torch.no_grad():
+        model(torch.tensor([[5, 17, 3, 99]]))
+    report = fxopt.report(model)
+    source = views.repro(report).text().replace('BACKEND = "inductor"', 'BACKEND = "eager"')
+    assert "    def fxopt_exit_0_run(self, " in source and "torch.ops.higher_order.cond(" in source
+    assert minimal.failure(source) == ""
+    broken = source.replace("    def fxopt_exit_1_run(self", "    def other(self")  # the branches are what is run
+    assert minimal.failure(broken) == "AttributeError"
+    # What moved into a branch is in the table still, with its place and its descent; nothing of it counts as removed.
+    graph = report.graphs[0]
+    stage = next(s for s in graph.stages if s.name == "early_exit")
+    captured, table = {r.id for r in graph.rows(0)}, graph.rows(len(graph.stages) - 1)
+    assert stage.removed == [] and stage.nodes_after == len(table) == len({r.id for r in table})
+    assert {f"layers.{i}" for i in range(3)} <= {".".join(r.module.split(".")[:2]) for r in table if r.id in captured}
+    assert all(set(r.origins) <= captured for r in table if r.op != "output")
 
 
 def test_repro_of_a_kernel(small):

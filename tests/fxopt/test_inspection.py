@@ -111,6 +111,23 @@ def test_every_refusal_on_a_real_model_has_a_path_and_a_line(eager_lowering):
         del Technique.registry["refusing"]
 
 
+def test_an_argument_that_differs_is_named_with_its_value():
+    """``F.silu(x, inplace=True)`` where ``F.silu(x)`` is expected: FX102 and the argument, no silence."""
+
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = torch.nn.Linear(16, 32, bias=False), torch.nn.Linear(16, 32, bias=False)
+
+        def forward(self, x):
+            return torch.nn.functional.silu(self.gate(x), inplace=True) * self.up(x)
+
+    report = fxopt.plan(torch.nn.Sequential(Gated()), inputs=(torch.zeros(1, 16),), target="h200")
+    text = report.why("flat_gemm", "0.gate")
+    assert "FX102, argument differs" in text and "expected silu without inplace, found inplace=True" in text
+    assert "test_inspection.py:" in text
+
+
 # -- places ---------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +355,8 @@ def test_repro_needs_the_code_and_takes_nothing_else(made_up):
         ("import os\nos.system('x')\n", "not one forward function"),
         ("def forward(self, x):\n    return open('x')\n", "only exists in the process"),
         ("def forward(self, x):\n    return self.branch(x)\n", "self.branch"),
+        ("def branch(self, x):\n    import os\ndef forward(self, x):\n    return self.branch(x)\n", "assignments"),
+        ("def forward(self, x):\n    return x\ndef later(self, x):\n    return x\n", "not one forward function"),
         ("def forward(", "does not parse"),
     ):
         report.graphs[0].stages[-1].code = code

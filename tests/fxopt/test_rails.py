@@ -14,10 +14,12 @@ import torch
 
 import fxopt
 from fxopt import LayerSkip
+from fxopt.inspection import views
 from fxopt.inspection.numerics import numerics
-from fxopt.inspection.work import work
+from fxopt.inspection.work import least_seconds, work
 from fxopt.passes import order
 from fxopt.passes.technique import Technique
+from fxopt.planning import decode_inputs
 from fxopt.testing import TINY
 
 PROGRAM = """
@@ -107,15 +109,43 @@ def test_a_plan_has_kernels_for_its_target_and_the_work_of_each_component():
                                       num_key_value_heads=2, intermediate_size=2048, vocab_size=512)  # fmt: skip
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    report = fxopt.plan(model, inputs={"input_ids": torch.zeros(1, 1, dtype=torch.long)}, target="h200")
-    assert report.kernels
+    step = decode_inputs(model, cache=1024)
+    report = fxopt.plan(model, fxopt.AsyncSoftmax(), inputs=step, target="h200")
+    assert report.count("flat_gemm") == 15 and report.count("async_softmax") == 2 == report.count("cache_extent")
+    assert [k.family for k in report.kernels] == ["gemv"] * 5 + ["attention"]
     for kernel in report.kernels:
-        assert kernel.resources["target"] == "sm_90" and kernel.modules and "@triton.jit" in kernel.source
+        assert kernel.resources["target"] == "sm_90" and "@triton.jit" in kernel.source
         assert any(key.endswith("registers") and value > 0 for key, value in kernel.resources.items())
         assert any(key.endswith("assembly") and ".target sm_90" in value for key, value in kernel.resources.items())
+    attention = report.kernels[-1]
+    assert attention.modules == ("model.layers.0.self_attn", "model.layers.1.self_attn")
+    assert attention.resources["async_split registers"] > 0 and attention.resources["recompute_split spills"] == 0
+    assert "for model.layers.*.self_attn x2" in views.kernels(report).text(100)
     found = work(report.graphs[0], report.environment)
     rows = {row[0]: row for row in found["rows"]}
     assert found["device"] == "H200"
     _, places, flops, moved, seconds, bound = rows["model.layers.*.mlp.down_proj"]
     assert (places, flops) == (2, 2 * 2.0 * 1024 * 2048) and bound == "memory"
-    assert moved == 2 * 2 * (1024 * 2048 + 1024 + 2048) and seconds == pytest.approx(moved / 4.8e12)
+    # weights, input, residual and output of each, and the residual is read once
+    assert moved == 2 * 2 * (1024 * 2048 + 2048 + 2 * 1024) and seconds == pytest.approx(moved / 4.8e12)
+    _, places, flops, moved, _, _ = rows["model.layers.*.self_attn"]
+    heads, kv, positions, width = 8, 2, 1024, 128
+    assert (places, flops) == (2, 2 * 4.0 * heads * width * positions)
+    assert moved == pytest.approx(2 * 2 * (2 * kv * positions * width + 2 * heads * width), rel=0.01)
+    least = least_seconds(report.graphs[0], report.environment)
+    captured, packed = least[0], least[[s.name for s in report.passes].index("gqa_packing")]
+    # The captured graph reads keys and values of every query head, the packed one those of every KV head.
+    assert captured - packed == pytest.approx(2 * 2 * 2 * (heads - kv) * positions * width / 4.8e12, rel=0.01)
+
+
+def test_a_plan_for_a_target_does_not_depend_on_where_the_model_is():
+    model = TINY["handwritten"]()
+    reports = [fxopt.plan(model.to(d), inputs=(torch.zeros(1, 1, dtype=torch.long),), target="l4")
+               for d in ("cpu", "meta")]  # fmt: skip
+    for report in reports:
+        for remark in (r for r in report.graphs[0].remarks if r.status != "analysis"):
+            assert remark.code != "FX207", remark  # nothing is refused for the device that the model happens to be on
+        report.graphs[0].compile_id = "-"
+    assert [r.graphs[0].remarks for r in reports[:1]] == [r.graphs[0].remarks for r in reports[1:]]
+    assert [k.source for k in reports[0].kernels] == [k.source for k in reports[1].kernels] != []
+    assert "no cross-compiler knows L4" in reports[0].graphs[0].remarks[-1].message
