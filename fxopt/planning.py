@@ -119,7 +119,8 @@ def _dry(settings: Settings, model: str, device: roofline.Device | None, graphs:
         with roofline.planning(device):
             gm, _, _ = run_passes(gm, record, recorder, settings)
         if device is not None:
-            record.remarks.append(Remark(ESTIMATE, "analysis", "", _estimate(before, list(costs(node_rows(gm.graph))), device)))
+            after = list(costs(node_rows(gm.graph)))
+            record.remarks.append(Remark(ESTIMATE, "analysis", "", _estimate(before, after, device)))
             record.settings.append(EffectiveSetting("target", device.name, "plan"))
             record_kernels(gm, record, device, compiled=True)
         record.seconds = time.perf_counter() - started

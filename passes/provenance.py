@@ -6,6 +6,7 @@ AOTAutograd carries down to the ATen graph.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -21,6 +22,7 @@ _INDEX = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
+@functools.lru_cache(maxsize=8192)
 def clean_path(name: str) -> str:
     """Dynamo's source expression of a module, as a dotted path in the model.
 
@@ -42,17 +44,16 @@ def module_stack(node: fx.Node) -> list[tuple[str, str, type]]:
 
 def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module a node belongs to; empty in the root module."""
-    stack = module_stack(node)
-    return stack[-1][1] if stack else ""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    return clean_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
 def source_line(node: fx.Node) -> str:
     """``file.py:123, in forward`` of the innermost frame; empty where Dynamo kept none."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return ""
-    path, line, function = frames[-1]
-    return f"{shorten(path)}:{line}, in {function}"
+    trace = node.meta.get("stack_trace") or ""
+    # Only what follows the last "File": a trace is long, and this is asked for every node after every pass.
+    found = _FRAME.search(trace, trace.rfind('File "')) if trace else None
+    return f"{shorten(found[1])}:{found[2]}, in {found[3]}" if found else ""
 
 
 def shorten(path: str) -> str:

@@ -17,7 +17,7 @@ from fxopt.inspection import places, typecheck
 from fxopt.inspection import why as reasons_why
 from fxopt.inspection.repro import repro
 from fxopt.inspection.scripts import ScriptReport, run_script
-from fxopt.inspection.text import View, table, wrapped
+from fxopt.inspection.text import View, wrapped
 from fxopt.passes import reasons
 from fxopt.passes.record import GraphRecord, KernelRecord, NodeRow
 from fxopt.passes.technique import SettingError, nearest

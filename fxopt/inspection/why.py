@@ -175,9 +175,13 @@ def _sentence(name: str, finding: Finding, *, first: bool) -> str:
     count = f" ({finding.count} places)" if finding.count > 1 else ""
     graphs = ", ".join(finding.graphs[:MOST]) + (", ..." if len(finding.graphs) > MOST else "")
     subject = name if first else "It"
-    verb = {"applied": "was applied at", "missed": "did not match at", "blocked": "was not allowed at"}.get(finding.status)
-    text = f"{subject} {verb} " if verb else f"{name} changed nothing and noted at " if first else "It was noted at "
-    text += f"{where}{count} in graph {graphs}: {finding.message}"
+    verb = {
+        "applied": f"{subject} was applied at",
+        "missed": f"{subject} did not match at",
+        "blocked": f"{subject} was not allowed at",
+        "analysis": f"{name} changed nothing and noted at" if first else "It was noted at",
+    }[finding.status]
+    text = f"{verb} {where}{count} in graph {graphs}: {finding.message}"
     text = text if text.endswith(".") else f"{text}."
     if finding.rule:
         text += f" The rule is {finding.rule}"
