@@ -27,6 +27,8 @@ log = logging.getLogger("fxopt")
 
 CAPACITY = 256
 """Graphs kept in the ring buffer."""
+ROWS = 400_000
+"""Rows of node tables kept in it, about 200 MB: beyond that, the oldest graphs keep all but their tables and code."""
 
 _graphs: deque[GraphRecord] = deque(maxlen=CAPACITY)
 _lock = threading.Lock()
@@ -62,9 +64,22 @@ def discard(records: Iterable[GraphRecord]) -> None:
 
 
 def finished(record: GraphRecord) -> None:
-    """Log one block, and mirror the record into TORCH_TRACE."""
+    """Log one block, mirror the record into TORCH_TRACE, and keep memory bounded."""
+    _trim()
     log.info("%s", Lazy(lambda: graph_summary(record)))
     compat.trace_artifact("fxopt_record", record.to_dict)
+
+
+def _trim() -> None:
+    """Drop the node tables of the oldest graphs where all together are more than :data:`ROWS`."""
+    with _lock:
+        newest_first = list(reversed(_graphs))
+    kept = 0
+    for graph in newest_first:
+        kept += sum(len(stage.added) + len(stage.changed) for stage in graph.stages)
+        if kept > ROWS and graph is not newest_first[0]:
+            for stage in graph.stages:
+                stage.added, stage.changed, stage.removed, stage.order, stage.code = [], [], [], None, ""
 
 
 class Lazy:

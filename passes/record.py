@@ -46,7 +46,7 @@ class Remark:
             raise ValueError(f"a {self.status} remark needs a reason code of passes/reasons.py, not {self.code!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NodeRow:
     """A node as data. ``origins``: ids of the captured nodes it descends from."""
 

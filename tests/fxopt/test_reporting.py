@@ -179,3 +179,17 @@ def test_summary_tells_how_deep_the_steps_went(eager_lowering):
     assert "1: 2, 3: 0" in fxopt.report(model).summary()
     read = fxopt.Report.from_dict(fxopt.report(model).to_dict())
     assert "rows by layers run" not in read.summary()
+
+
+def test_memory_is_bounded_by_rows_of_node_tables(eager_lowering, monkeypatch):
+    models = [fxopt.compile(TINY["handwritten"](), LayerSkip(skip=(1,))) for _ in range(3)]
+    models[0](IDS)
+    one = sum(len(s.added) + len(s.changed) for s in fxopt.report(models[0]).passes)
+    monkeypatch.setattr(fxopt.reporting, "ROWS", int(2.5 * one))
+    for model in models[1:]:
+        model(IDS)
+    kept = [bool(fxopt.report(model).graphs[0].rows(0)) for model in models]
+    assert kept == [False, True, True]
+    # What the oldest compilation did is known still, and where; only its nodes are gone.
+    assert "was applied at layers.1" in fxopt.report(models[0]).why("layer_skip", "layers.1")
+    assert fxopt.report(models[0]).graphs[0].nodes_before > 50
