@@ -110,7 +110,7 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
         result.rows.append(recorder)
     size = every[0]["bytes"] / every[0]["graphs"]
     result.remarks.append(
-        f"nothing per step; no weights kept; {2 * turns} processes wrote byte-identical reports; {size / 1e3:.0f} kB of "
-        f"JSON a graph, at most {CAPACITY} graphs kept; goal: ratio at most 0.02"
+        f"nothing per step; no weights kept; {2 * turns} processes wrote byte-identical reports; "
+        f"{size / 1e3:.0f} kB of JSON a graph, at most {CAPACITY} graphs kept; goal: ratio at most 0.02"
     )
     return result
