@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def torch_version() -> tuple[int, int]:
 def cond_may_write() -> bool:
     """Whether the branches of ``torch.cond`` may write their operands in place; torch 2.11 refuses that."""
     return torch_version() >= (2, 12)
+
+
+@contextlib.contextmanager
+def sizes_of_data(fake_mode: Any) -> Iterator[None]:
+    """Let operators on fake tensors make sizes that are known when the graph runs (``nonzero``); from then on, so that
+    the compiler, which traces the graph again in the same mode and binds them, may too."""
+    import dataclasses
+
+    shapes = fake_mode.shape_env
+    shapes.settings = dataclasses.replace(shapes.settings, allow_dynamic_output_shape_ops=True)
+    with shapes.ignore_fresh_unbacked_symbols():
+        yield
 
 
 def annotate(entries: dict[str, str]) -> Any:

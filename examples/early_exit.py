@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 import fxopt
+from fxopt.passes.counters import DepthCounter, counters
 from fxopt.passes.early_exit import EarlyExit
-from fxopt.passes.exit_counters import counters
 from fxopt.testing import TINY
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     for remark in fxopt.report(model).remarks:
         if remark.technique == "early_exit":
             print(f"  {remark.status} {remark.path}: {remark.message}")
-    for counter in counters():
+    for counter in counters(DepthCounter):
         print(f"graph {counter.graph}: rows by layers that ran {counter.histogram}, mean {counter.mean_depth:.2f}")
     print("equals the reference:", torch.equal(tokens, wanted))
 

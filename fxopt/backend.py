@@ -16,7 +16,7 @@ from torch import fx
 from fxopt import reporting
 from fxopt.codegen import compat
 from fxopt.options import Setting, Settings, parse_options
-from fxopt.passes import order, state
+from fxopt.passes import inputs, order, state
 from fxopt.passes.context import PassContext
 from fxopt.passes.provenance import first_place, module_stack, name_modules, number_nodes
 from fxopt.passes.record import GraphRecord, Recorder, Remark
@@ -78,8 +78,8 @@ def compile_graph(
         recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
         gm, wrappers, patches = run_passes(gm, record, recorder, settings)
         lowering = time.perf_counter()
-        inputs = [*example_inputs, *state.examples(gm.graph)]
-        compiled = compat.compile_with_inductor(gm, inputs, settings.mode, patches)
+        examples = [*example_inputs, *inputs.examples(gm.graph)]
+        compiled = compat.compile_with_inductor(gm, examples, settings.mode, patches)
         record.inductor_seconds = time.perf_counter() - lowering
     except BaseException as error:
         record.error = f"{type(error).__name__}: {error}"
@@ -135,9 +135,11 @@ def run_passes(
             record.remarks.append(Remark(name, "blocked", path, f"disable={name!r}", "FX501", line))
         elif reach:
             acting.append(name)
-    for name in acting:
+    for name, late in order.turns(acting):
         # Asked again for each pass: the passes before it may have changed the nodes.
         for setting, covers in settings.reach(name, gm.graph):
+            if setting.technique.late is not late:
+                continue
             context = run_pass(gm, record, recorder, settings, setting, covers, frozenset(acting))
             wrappers += context.call_wrappers
             patches.update(context.config_patches)

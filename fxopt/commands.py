@@ -187,7 +187,7 @@ def evaluate(
 
 @app.command(help=COMMANDS["bench"])
 def bench(
-    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step, context, sparse, recorder.")],
+    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step, context, sparse, ...")],
     technique: Annotated[str, typer.Option(help="For depth: the technique to measure.")] = "layer_skip",
     device: Device = "cpu",
     quick: Quick = False,

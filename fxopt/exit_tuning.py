@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt import decoding, scoring
-from fxopt.passes import confidence as measures
+from fxopt import scoring
+from fxopt.meaning import reference
 from fxopt.passes.early_exit import EarlyExit
-from fxopt.passes.exit_reference import ModelHead
+from fxopt.passes.exit_reference import Scorer
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.technique import SettingError
 from fxopt.recipe import Recipe, fingerprint
 
+ROWS = 8
+"""Windows that are decoded at once."""
 MEASUREMENTS = 8
 """Most decode runs for one threshold."""
 
@@ -129,16 +131,11 @@ def exit_scores(model: Any, window: scoring.Window, technique: EarlyExit, first:
     finally:
         for hook in hooks:
             hook.remove()
-    head = ModelHead(model, stack)
+    scorer = Scorer(technique, model, stack, whole=False)
     sure, right = [], []
     for n in technique.layers:
-        logits = head(kept[n][:, first:])[0]
-        if technique.confidence == "state":
-            sure.append(measures.saturation(kept[n][0, first:], kept[n - 1][0, first:]))
-        else:
-            scores = logits if technique.shortlist is None else logits[:, : technique.shortlist]
-            kind = technique.confidence
-            sure.append((kind if callable(kind) else measures.of_logits(kind, scores.shape[-1]))(scores))
+        logits = scorer.logits(n, kept[n][:, first:])[0]
+        sure.append(scorer.sure(n, kept[n][0, first:], kept[n - 1][0, first:], logits))
         right.append(logits.argmax(-1) == top)
     return torch.stack(sure, -1).float().cpu(), torch.stack(right, -1).cpu(), top
 
@@ -146,17 +143,35 @@ def exit_scores(model: Any, window: scoring.Window, technique: EarlyExit, first:
 def measure(
     model: Any, cut: Sequence[scoring.Window], technique: EarlyExit, choices: Sequence[Tensor], prompt: int
 ) -> Measured:
-    """Agreement and mean depth of the reference, token by token on a cache after a prompt of `prompt` tokens."""
-    from fxopt.meaning import reference
+    """Agreement and mean depth of the reference, token by token on a cache after a prompt of `prompt` tokens.
 
-    agreed = tokens = layers = steps = 0
-    meant: Any = reference(model, technique)
-    for window, wanted in zip(cut, choices, strict=True):
-        meant.exit_state.depths.clear()
-        got = decoding.decode_logits(meant, window, prompt).argmax(-1)
-        agreed += int((got == wanted).sum())
-        tokens += len(wanted)
-        depths = [n for rows in meant.exit_state.depths for n in rows]
-        layers += sum(depths)
-        steps += len(depths)
-    return Measured(float(technique.threshold), agreed / tokens, layers / max(1, steps))
+    Windows of one length are decoded as rows of a batch that exit each by itself, which changes no row.
+    """
+    meant: Any = reference(model, dataclasses.replace(technique, rows="each"))
+    rows = max(1, ROWS)
+    agreed = tokens = 0
+    for start in range(0, len(cut), rows):
+        logits = decode(meant, cut[start : start + rows], prompt)
+        wanted = torch.stack(list(choices[start : start + rows])).to(logits.device)
+        agreed += int((logits.argmax(-1) == wanted).sum())
+        tokens += wanted.numel()
+    return Measured(float(technique.threshold), agreed / tokens, mean_depth(meant))
+
+
+def mean_depth(meant: Any) -> float:
+    """Layers that a row ran on average, over all forward passes of a reference; the prompt counts as one."""
+    depths = [n for rows in meant.exit_state.depths for n in rows]
+    return sum(depths) / max(1, len(depths))
+
+
+@torch.no_grad()
+def decode(model: Any, cut: Sequence[scoring.Window], prompt: int) -> Tensor:
+    """Logits ``[N, S - prompt + 1, V]`` of the last positions of windows of one length S, token by token on a cache
+    after a prompt of `prompt` tokens."""
+    ids = torch.stack([window.inputs for window in cut]).to(next(model.parameters()).device)
+    out = model(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1)
+    found = [out.logits[:, -1]]
+    for place in range(prompt, ids.shape[1]):
+        out = model(input_ids=ids[:, place : place + 1], past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits[:, -1])
+    return torch.stack(found, 1)

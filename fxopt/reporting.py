@@ -17,10 +17,9 @@ from torch import nn
 
 from fxopt.codegen import compat
 from fxopt.codegen.files import write_whole
-from fxopt.passes import exit_counters
+from fxopt.passes.counters import DepthCounter, counters, read_all
 from fxopt.passes.mod_counters import routing, routing_lines
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, KernelRecord, Remark, Stage
-from fxopt.passes.run_counters import read_all
 from fxopt.passes.technique import SettingError, Technique, nearest
 
 log = logging.getLogger("fxopt")
@@ -296,7 +295,7 @@ def _depths(graph: GraphRecord) -> list[str]:
     with _lock:
         if not any(kept is graph for kept in _graphs):  # a report from a file, whose numbers are not ours
             return []
-    own = [c for c in exit_counters.counters(graph.owner) if c.graph == graph.number]
+    own = [c for c in counters(DepthCounter, graph.owner) if c.graph == graph.number]
     return [str(counter) for counter in own if sum(counter.histogram.values())]
 
 

@@ -38,10 +38,10 @@ from fxopt.codegen.kernels.phi import certified_phi, fits, largest_certified, pl
 from fxopt.passes.attention import AttentionSite, find_attentions
 from fxopt.passes.attention_rewrite import earliest, in_turn, mask_node, records_gradients, replace_output
 from fxopt.passes.context import PassContext
+from fxopt.passes.counters import RecomputeCounter
 from fxopt.passes.kv import cache_of, written_between
 from fxopt.passes.nodes import name_of, same, value_of
 from fxopt.passes.qk_norm import score_bound
-from fxopt.passes.run_counters import RecomputeCounter
 from fxopt.passes.technique import SettingError, Technique
 
 
@@ -109,7 +109,8 @@ class AsyncSoftmax(Technique):
             stacked = context.rewriter.call(torch.stack, (bounds,), like=bounds, before=end)
             parts.append(context.rewriter.method("double", (stacked,), like=bounds, before=end))
         result = context.rewriter.call(torch.cat, (parts,), like=counts, before=end)
-        RecomputeCounter(context.record.number).attach(result, context.call_wrappers)
+        size = int(value_of(result).shape[0])
+        RecomputeCounter(context.record.number).attach(result, size, torch.float64, context.rewriter)
 
     def _lower(self, site: AttentionSite, bounds: list[fx.Node], context: PassContext) -> list[fx.Node]:
         """Put the lowered operator in the place of a site; the node of its row counts, and its bound into `bounds`."""

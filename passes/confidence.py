@@ -52,6 +52,11 @@ def saturation(now: Tensor, before: Tensor) -> Tensor:
     return torch.clamp(torch.cosine_similarity(now.float(), before.float(), -1), 0.0, 1.0)
 
 
+def of_classifier(logit: Tensor) -> Tensor:
+    """Sigmoid of what a classifier says: ``[B]`` or ``[B, 1]`` to ``[B]``."""
+    return torch.sigmoid(logit.float()).reshape(-1)
+
+
 def agreement(logits: Tensor, earlier: Tensor | None, run: Tensor | None) -> tuple[Tensor, Tensor]:
     """The choice at this exit and the number of successive exits that made it; ``logits: [B, V]``, each ``[B]``.
 

@@ -9,33 +9,24 @@ Before and after: :mod:`fxopt.passes.exit_region`. What becomes of the caches: :
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
-from fxopt.codegen import compat
 from fxopt.passes import confidence as measures
-from fxopt.passes import depth, kv_policy
+from fxopt.passes import depth, exit_modules, kv_policy
 from fxopt.passes.context import PassContext
-from fxopt.passes.exit_check import Check, Checker, Head, find_head, position_is_visible
-from fxopt.passes.exit_cost import ExitCost, exit_cost
-from fxopt.passes.exit_counters import DepthCounter
+from fxopt.passes.counters import DepthCounter
+from fxopt.passes.exit_check import Head, find_head, is_bidirectional, position_is_visible
+from fxopt.passes.exit_insert import insert_exits
+from fxopt.passes.exit_modules import OwnModules
 from fxopt.passes.exit_reference import with_exits
-from fxopt.passes.exit_region import (
-    RegionError,
-    defer_writes,
-    exit_nodes,
-    find_region,
-    insert_cond,
-    outline,
-)
-from fxopt.passes.layers import Layer, Stack
+from fxopt.passes.exit_region import RegionError
+from fxopt.passes.layers import Stack
 from fxopt.passes.modules import ModuleStack, delete_layers, module_stacks
-from fxopt.passes.nodes import argument, value_of
-from fxopt.passes.rewriter import Rewriter
 from fxopt.passes.technique import SettingError, Technique, nearest
 
 CONDITIONAL = "torch.ops.higher_order.cond"
@@ -47,12 +38,16 @@ class EarlyExit(Technique):
 
     - ``confidence``: ``"margin"`` (top-1 minus top-2 probability), ``"max"`` (top-1), ``"entropy"`` (1 - H / ln V),
       ``"state"`` (cosine of the hidden state after and before the last layer that ran; reads no head), ``"patience"``
-      (consecutive exits with one choice), or a function of the last position's logits ``[B, V]`` to ``[B]`` that can
-      be traced.
+      (consecutive exits with one choice), the path of a classifier (reads the state and no head), or a function of
+      the last position's logits ``[B, V]`` to ``[B]`` that can be traced.
     - ``threshold``: a number in [0, 1], exits when the confidence is **above** it; ``((0, t0), (position, t1), ...)``;
       or a function of the position (0-d float tensor), such as :func:`fxopt.passes.confidence.decay`. For patience, the
       number of exits that agree.
-    - ``shortlist``: score only the first so many tokens of the vocabulary; the full head runs when the exit is taken.
+    - ``head``: ``"model"``, its own final norm and head; or the path of a module (one for all exits, or a ModuleList
+      or ModuleDict of them by count) or of a .safetensors file, or ``{n: path}``: its logits decide, and are the
+      result of a row that exits there. See :mod:`fxopt.passes.exit_modules`.
+    - ``shortlist``: score only the first so many tokens of the vocabulary, or those in a file (.json, .txt,
+      .safetensors); the full head runs when the exit is taken.
     - ``rows``: ``"all"`` exits when every row agrees; ``"each"`` freezes a row at its own exit.
     - ``kv``: ``"propagate"``, or ``"none"`` for an exit that is always taken (``confidence="max", threshold=0.0``).
     - ``phase="decode"``: only where one new token meets a filled cache; ``"all"``: on prompts too, where the last
@@ -77,23 +72,11 @@ class EarlyExit(Technique):
         object.__setattr__(self, "layers", _counts(self.layers))
         if isinstance(self.threshold, list):
             object.__setattr__(self, "threshold", tuple(tuple(p) if isinstance(p, list) else p for p in self.threshold))
-        self._check_confidence()
+        exit_modules.check_confidence(self)
         measures.check_threshold(self.threshold, self.confidence, len(self.layers))
         if self.head != "model":
-            raise SettingError(
-                f"EarlyExit(head={self.head!r}): heads of their own are not available in this version; leave "
-                "head='model', "
-                "which scores each exit with the model's final norm and head."
-            )
-        if self.shortlist is not None and (
-            isinstance(self.shortlist, bool) or not isinstance(self.shortlist, int) or self.shortlist < 2
-        ):
-            raise SettingError(
-                f"EarlyExit(shortlist={self.shortlist!r}): a number of tokens of at least 2, such as 4096 (a list of "
-                "tokens from a file is not available in this version); None scores the whole vocabulary."
-            )
-        if self.shortlist is not None and self.confidence in measures.HEADLESS:
-            raise SettingError(f"EarlyExit(confidence={self.confidence!r}) reads no head; leave shortlist out.")
+            object.__setattr__(self, "head", exit_modules.head_paths(self.head, self.layers))
+        exit_modules.check_shortlist(self)
         _one_of("rows", self.rows, ("all", "each"))
         _one_of("phase", self.phase, ("all", "decode"))
         reason = kv_policy.refusal(self.name, self.kv)
@@ -106,19 +89,15 @@ class EarlyExit(Technique):
                 "layer count. Use kv='propagate' for exits that depend on the input."
             )
 
-    def _check_confidence(self) -> None:
-        if callable(self.confidence) or self.confidence in measures.NAMES:
-            return
-        if isinstance(self.confidence, str) and ("." in self.confidence or "/" in self.confidence):
-            raise SettingError(
-                f"EarlyExit(confidence={self.confidence!r}): classifiers named by a path are not available in this "
-                f"version; use {', '.join(map(repr, measures.NAMES))} or a function of the logits."
-            )
-        raise SettingError(
-            f"EarlyExit(confidence={self.confidence!r}): allowed are {', '.join(map(repr, measures.NAMES))} or a "
-            "function "
-            f"of the logits.{nearest(str(self.confidence), measures.NAMES)}"
-        )
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the confidence is one of logits, so that an exit that is not taken costs a head."""
+        return self.confidence not in measures.HEADLESS and not exit_modules.is_path(self.confidence)
+
+    @property
+    def needs_modules(self) -> bool:
+        """Whether paths of this setting name something in a model or a file."""
+        return self.head != "model" or exit_modules.is_path(self.confidence) or isinstance(self.shortlist, str)
 
     @property
     def always(self) -> bool:
@@ -133,8 +112,7 @@ class EarlyExit(Technique):
     # -- meaning ------------------------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> Technique:
-        generates = getattr(model, "can_generate", None)
-        if generates is not None and not generates() and not is_encoder(model, trunk=self.confidence == "state"):
+        if is_whole(model) and not is_encoder(model, trunk=not self.reads_logits and self.head == "model"):
             raise SettingError(
                 f"{self}: {type(model).__name__} does not generate, and classifies no whole inputs. Exits are for "
                 "decoders together with their language-model head, for encoders that end in one classification of a "
@@ -143,7 +121,15 @@ class EarlyExit(Technique):
         stacks = module_stacks(model)
         if stacks:
             self._check_counts(len(stacks[-1]), stacks[-1].path)
-        return self
+        if not self.needs_modules:
+            return self
+        resolved = replace(self)
+        object.__setattr__(resolved, "_own", self.find(model))
+        return resolved
+
+    def find(self, model: nn.Module) -> OwnModules:
+        """What the paths of this setting name in `model`; raises SettingError for what they cannot mean."""
+        return exit_modules.find(self, model, whole=is_whole(model))
 
     def _check_counts(self, count: int, path: str) -> None:
         for n in self.layers:
@@ -164,7 +150,7 @@ class EarlyExit(Technique):
         if self.kv == "none":
             delete_layers(stack, range(self.layers[0]))
             return model
-        return with_exits(model, stack, self)
+        return with_exits(model, stack, self, whole=is_whole(model))
 
     # -- rewrite ------------------------------------------------------------------------------------------------
 
@@ -189,8 +175,14 @@ class EarlyExit(Technique):
         if self.phase == "decode" and not original.needed_for_empty_cache(stack.layers[0], stack):
             context.blocked("FX208", stack.path, "whether the static cache is empty cannot be seen in this graph")
             return
+        own: OwnModules = getattr(self, "_own", OwnModules())
+        if self.needs_modules and not hasattr(self, "_own"):
+            context.blocked(
+                "FX505", stack.path, "modules and lists of its own are found by fxopt.compile(model, EarlyExit(...))"
+            )
+            return
         try:
-            _, costs = self._insert_exits(graph, stack, context)
+            costs, level = insert_exits(self, stack, self._head(graph, stack), own, context)
         except RegionError as error:
             # Everything is found out before anything is changed, but for checks, which the backend takes back.
             if context.rewriter.changed:
@@ -198,7 +190,7 @@ class EarlyExit(Technique):
             context.blocked(error.code, error.node, error.message)
             return
         counter = DepthCounter(self.layers, len(stack.layers), context.record.number, context.record.owner)
-        context.call_wrappers.append(counter.wrap)
+        counter.attach(level, len(self.layers) + 2, torch.int64, context.rewriter)
         if self.phase == "decode":
             original.finish(context)
         context.config_patches["unsafe_marked_cacheable_functions"] = {CONDITIONAL: "1"}
@@ -249,12 +241,12 @@ class EarlyExit(Technique):
         return True
 
     def _head(self, graph: fx.Graph, stack: Stack) -> Head | None:
-        """The head; None where ``confidence="state"`` needs none and the graph, an encoder's, ends in no logits."""
+        """The head; None where the confidence needs none and the graph, an encoder's, ends in no logits."""
         last = stack.layers[-1].output
         try:
             head = find_head(graph, last)
         except RegionError:
-            if self.confidence != "state" or not is_bidirectional(stack):
+            if self.reads_logits or self.head != "model" or not is_bidirectional(stack):
                 raise
             return None
         if not head.classifies and is_bidirectional(stack):
@@ -271,51 +263,11 @@ class EarlyExit(Technique):
                 f"never reached: the exit after {self.layers[0]} layers is always taken; {erased} nodes erased",
             )
 
-    def _insert_exits(self, graph: fx.Graph, stack: Stack, context: PassContext) -> tuple[list[Check], list[ExitCost]]:
-        rewriter = context.rewriter
-        layers = stack.layers
-        head = self._head(graph, stack)
-        # A first look at the first exit: a graph that cannot be outlined is left untouched.
-        trial = find_region(graph, layers[self.layers[0] - 1].output, (), ())
-        exit_nodes(
-            trial, _identity(layers, [layers[0].input, *(layer.output for layer in layers)], self.layers[0]), layers
-        )
-        # Exits nest, and a cond inside a branch may not write in any version of torch: it is functionalised without the
-        # mode that knows of writes ("cond_true might be modifying the input!").
-        written = trial.effects and (len(self.layers) > 1 or not compat.cond_may_write())
-        late = defer_writes(graph, layers[self.layers[0] :], rewriter) if written else []
-        checker = Checker(self, stack, head, rewriter)
-        stream = [layers[0].input, *(layer.output for layer in layers)]
-        checks: list[Check] = []
-        for number, n in enumerate(self.layers):
-            checks.append(checker.insert(number, stream[n], stream[n - 1], checks[-1] if checks else None))
-            if self.rows == "each":
-                until = self.layers[number + 1] if number + 1 < len(self.layers) else len(layers)
-                for index in range(n, until):
-                    stream[index + 1] = _freeze(layers[index].output, stream[n], checks[-1].exited, rewriter)
-        output = next(iter(graph.find_nodes(op="output")))
-        output.args = ((*_results(output), checks[-1].level),)
-        costs, prepared = [], []
-        for n, check in zip(self.layers, checks, strict=True):
-            region = find_region(graph, stream[n], check.nodes, late)
-            alias = _identity(layers, stream, n)
-            if check.logits is not None and head is not None:
-                alias[head.logits] = check.logits
-            if check is not checks[-1]:
-                alias[checks[-1].level] = check.level
-            kept = exit_nodes(region, alias, layers)
-            costs.append(exit_cost(n, layers, head, check, kept))
-            prepared.append((region.results, outline(kept, region.results, alias)))
-        # Innermost first: the conditional of a later exit becomes part of the run branch of the one before it.
-        standing: dict[fx.Node, fx.Node] = {}
-        for number in reversed(range(len(checks))):
-            results, branch = prepared[number]
-            region = find_region(graph, stream[self.layers[number]], checks[number].nodes, late)
-            now = [standing.get(r, r) for r in results]
-            before = late[0] if late else output
-            parts = insert_cond(region, now, checks[number].predicate, branch, rewriter, f"exit_{number}", before)
-            standing.update(zip(results, parts, strict=True))
-        return checks, costs
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a model of Hugging Face answers for a whole input: it does not generate."""
+    generates = getattr(model, "can_generate", None)
+    return generates is not None and not generates()
 
 
 def is_encoder(model: nn.Module, *, trunk: bool) -> bool:
@@ -324,38 +276,6 @@ def is_encoder(model: nn.Module, *, trunk: bool) -> bool:
     headless = trunk and getattr(model, "base_model", None) is model
     classifies = type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
     return not causal and (classifies or headless)
-
-
-def is_bidirectional(stack: Stack) -> bool:
-    """Whether the first layer attends to several new tokens without any mask: an encoder's attention."""
-    for node in stack.layers[0].nodes:
-        if "scaled_dot_product_attention" in str(node.target):
-            query, mask, causal = node.args[0], argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
-            tokens = value_of(query).shape[-2]
-            return mask is None and not causal and not (isinstance(tokens, int) and tokens == 1)
-    return False
-
-
-def _identity(layers: Sequence[Layer], stream: Sequence[fx.Node], start: int) -> dict[fx.Node, fx.Node]:
-    """Each layer from `start` on returns what it is given. `stream[l]` is the state after l layers."""
-    given = {
-        index: stream[index] if layers[index].input is layers[index - 1].output else layers[index].input
-        for index in range(start, len(layers))
-    }
-    return {stream[index + 1]: given[index] for index in given}
-
-
-def _results(output: fx.Node) -> tuple[Any, ...]:
-    values = output.args[0]
-    return tuple(values) if isinstance(values, (tuple, list)) else (values,)
-
-
-def _freeze(result: fx.Node, state: fx.Node, exited: fx.Node, rewriter: Rewriter) -> fx.Node:
-    """Let rows that have exited keep their state through a layer; returns the stream after it."""
-    rows = rewriter.call(torch.reshape, (exited, (-1, 1, 1)), like=result, after=result)
-    kept = rewriter.call(torch.where, (rows, state, result), like=result, after=rows)
-    rewriter.replace(result, kept, only=lambda user: user is not kept)
-    return kept
 
 
 def _counts(value: Any) -> tuple[int, ...]:

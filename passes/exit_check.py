@@ -13,13 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from fxopt.passes import cache_rows, confidence, depth
+from fxopt.passes import cache_rows, confidence, depth, inputs, own_modules
+from fxopt.passes.exit_modules import OwnModules
 from fxopt.passes.exit_region import RegionError
 from fxopt.passes.layers import Stack
+from fxopt.passes.nodes import argument, value_of
 from fxopt.passes.rewriter import Rewriter
 from fxopt.passes.streams import op_name
+from fxopt.passes.technique import SettingError
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ def position_is_visible(stack: Stack) -> bool:
     return told or not any(map(cache_rows.cache_inputs, layers))
 
 
+def is_bidirectional(stack: Stack) -> bool:
+    """Whether the first layer attends to several new tokens without any mask: an encoder's attention."""
+    for node in stack.layers[0].nodes:
+        if "scaled_dot_product_attention" in str(node.target):
+            query, mask, causal = node.args[0], argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
+            tokens = value_of(query).shape[-2]
+            return mask is None and not causal and not (isinstance(tokens, int) and tokens == 1)
+    return False
+
+
 @dataclass
 class Check:
     """What one exit inserted. ``logits``: at the exit, in the shape of the model's, or None where none were needed."""
@@ -98,9 +111,12 @@ class Check:
 class Checker:
     """Inserts the checks of the exits of one graph, first exit first."""
 
-    def __init__(self, setting: Any, stack: Stack, head: Head | None, rewriter: Rewriter) -> None:
+    def __init__(
+        self, setting: Any, stack: Stack, head: Head | None, own: OwnModules, rewriter: Rewriter
+    ) -> None:  # fmt: skip
         self.setting = setting
         self.stack = stack
+        self.own = own
         self.rewriter = rewriter
         self._found = head
         self.whole = head is None or head.classifies
@@ -108,7 +124,7 @@ class Checker:
 
     @property
     def head(self) -> Head:
-        assert self._found is not None, "only confidence='state' goes without a head"
+        assert self._found is not None, "only confidences of the state go without a head"
         return self._found
 
     def insert(self, number: int, state: fx.Node, before_layer: fx.Node, earlier: Check | None) -> Check:
@@ -117,14 +133,17 @@ class Checker:
         known = set(rewriter.graph.nodes)
         place = state.next
         put = partial(self._inline, place=place, like=state)
+        n = setting.layers[number]
         at = 0 if self.whole else -1
         logits = choice = run = None
         if setting.confidence == "state":
             before = put(lambda h: h[:, at, :], [before_layer])
             sure = put(confidence.saturation, [put(lambda h: h[:, at, :], [state]), before])
+        elif n in self.own.classifiers:
+            told = self._apply(self.own.classifiers[n], put(lambda h: h[:, at, :], [state]), place, "confidence")
+            sure = put(confidence.of_classifier, [told])
         else:
-            last = [] if self.whole else [put(lambda h: h[:, -1:, :], [state])]
-            logits = self._head([*last, state], place)
+            logits = self._scores(n, state, place)
             scores = logits if self.whole else put(lambda x: x[:, -1, :], [logits])
             if setting.confidence == "patience":
                 choice, run = put(
@@ -141,7 +160,7 @@ class Checker:
             raise RegionError(
                 "FX101", state, f"the confidence has shape {getattr(rows, 'shape', None)}; it is one number a row, [B]"
             )
-        newly = self._above(setting.layers[number], sure, state, place, put)
+        newly = self._above(n, sure, state, place, put)
         exited = newly
         if setting.rows == "each" and earlier is not None:
             exited = put(torch.logical_or, [newly, earlier.exited])
@@ -151,6 +170,50 @@ class Checker:
         shape = None if logits is None else tuple(depth.value(self.head.logits).shape)
         usable = logits if logits is not None and tuple(depth.value(logits).shape) == shape else None
         return Check(made, predicate, exited, usable, level, choice, run)
+
+    def putting(self, like: fx.Node, *, after: fx.Node) -> Callable[..., Any]:
+        """A function that traces ``function(*nodes)`` into the graph behind a node."""
+        return partial(self._inline, place=after.next, like=like)
+
+    def full_logits(self, n: int, state: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """What the exit's own head says of `state`, in the shape of the model's logits, and the nodes made for it."""
+        known = set(self.rewriter.graph.nodes)
+        wanted = depth.value(self.head.logits)
+        place = state.next
+        if self.whole:
+            given = self._inline(lambda h: h[:, 0, :], [state], place=place, like=state)
+        elif isinstance(count := wanted.shape[1], int) and count != depth.value(state).shape[1]:
+            # Hugging Face's logits_to_keep: those of the last positions.
+            given = self._inline(lambda h: h[:, -count:, :], [state], place=place, like=state)
+        else:
+            given = state
+        logits = self._apply(self.own.heads[n], given, place, "head")
+        made = [node for node in self.rewriter.graph.nodes if node not in known and node.op != "placeholder"]
+        if tuple(depth.value(logits).shape) != tuple(wanted.shape):
+            raise SettingError(
+                f"EarlyExit(head=...), exit after {n} layers: its logits are {tuple(depth.value(logits).shape)}, the "
+                f"model's {tuple(wanted.shape)}."
+            )
+        return logits, made
+
+    def _apply(self, module: nn.Module, given: fx.Node, place: fx.Node, part: str) -> fx.Node:
+        setting = f"EarlyExit({part}=...)"
+        return own_modules.inline_module(module, given, self.rewriter, before=place, setting=setting)
+
+    def _scores(self, n: int, state: fx.Node, place: fx.Node) -> fx.Node:
+        """Logits at an exit: ``[B, 1, V]`` of the last position, or ``[B, C]``."""
+        put = partial(self._inline, place=place, like=state)
+        if n in self.own.heads:
+            given = put((lambda h: h[:, 0, :]) if self.whole else (lambda h: h[:, -1:, :]), [state])
+            logits = self._apply(self.own.heads[n], given, place, "head")
+            if int(depth.value(logits).shape[-1]) != self.head.vocabulary:
+                raise SettingError(
+                    f"EarlyExit(head=...), exit after {n} layers: {int(depth.value(logits).shape[-1])} logits, and the "
+                    f"model's head has {self.head.vocabulary}."
+                )
+            return logits
+        last = [] if self.whole else [put(lambda h: h[:, -1:, :], [state])]
+        return self._head([*last, state], place)
 
     def _inline(
         self, function: Callable[..., Any], inputs: list[fx.Node | None], *, place: fx.Node, like: fx.Node
@@ -195,12 +258,15 @@ class Checker:
         return [n for n in order if n in reach]
 
     def _shorten(self, projection: fx.Node) -> None:
-        count = min(int(self.setting.shortlist), self.head.vocabulary)
+        make = partial(self.rewriter.method, like=projection, before=projection)
         for index in (1, 2):
             weight = projection.args[index] if len(projection.args) > index else None
-            if isinstance(weight, fx.Node):
-                part = self.rewriter.method("narrow", (weight, 0, 0, count), like=projection, before=projection)
-                self.rewriter.set_argument(projection, index, part)
+            if isinstance(weight, fx.Node) and self.own.tokens is not None:
+                listed = inputs.constant(self.own.tokens, self.rewriter, like=projection)
+                self.rewriter.set_argument(projection, index, make("index_select", (weight, 0, listed)))
+            elif isinstance(weight, fx.Node):
+                count = min(int(self.setting.shortlist), self.head.vocabulary)
+                self.rewriter.set_argument(projection, index, make("narrow", (weight, 0, 0, count)))
 
     def _above(self, n: int, sure: fx.Node, state: fx.Node, place: fx.Node, put: Callable[..., Any]) -> fx.Node:
         threshold = self.setting.threshold

@@ -52,16 +52,17 @@ class ExitCost:
 
 
 def exit_cost(
-    after: int, layers: Sequence[Layer], head: Head | None, check: Check, kept: Iterable[fx.Node]
+    after: int, layers: Sequence[Layer], sizes: Sequence[int], head: Head | None, check: Check, kept: Iterable[fx.Node]
 ) -> ExitCost:  # fmt: skip
-    """The cost of one exit; `kept` are the nodes that run when it is taken."""
+    """The cost of one exit; `kept` are the nodes that run when it is taken, `sizes` the bytes of each layer as it was
+    captured."""
     kept = set(kept)
     inside = {node for layer in layers[after:] for node in layer.nodes}
     return ExitCost(
         after=after,
         layers=len(layers),
         check=weight_bytes(check.nodes),
-        remaining=sum(weight_bytes(layer.nodes) for layer in layers[after:]),
+        remaining=sum(sizes[after:]),
         policy=weight_bytes(kept & inside),
         head=weight_bytes(head.nodes) if head is not None else 0,
         reused=check.logits is not None,
@@ -75,8 +76,10 @@ def weight_bytes(nodes: Iterable[fx.Node]) -> int:
         for weight in node.all_input_nodes:
             tensor = depth.value(weight)
             if isinstance(tensor, torch.nn.Parameter) and all(isinstance(s, int) for s in tensor.shape):
-                read = depth.value(node) if node.target == "narrow" else tensor
-                sizes[weight] = max(sizes.get(weight, 0), read.numel() * tensor.element_size())
+                read = depth.value(node) if node.target in ("narrow", "index_select") else tensor
+                # Rows that are gathered are read, written and read again.
+                times = 3 if node.target == "index_select" else 1
+                sizes[weight] = max(sizes.get(weight, 0), times * read.numel() * tensor.element_size())
     return sum(sizes.values())
 
 

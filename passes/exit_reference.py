@@ -89,13 +89,57 @@ def _output_embedding(model: nn.Module) -> nn.Module:
     return head
 
 
+class Scorer:
+    """What is read at an exit, in plain PyTorch: logits of the state, and how sure they, or the state, are."""
+
+    def __init__(self, setting: EarlyExit, model: nn.Module, stack: ModuleStack, *, whole: bool) -> None:
+        self.setting = setting
+        self.own = setting.find(model)
+        self.whole = whole
+        self._model = None if whole and not setting.reads_logits else model
+        self._stack = stack
+        self._head: Any = None
+
+    @property
+    def head(self) -> Any:
+        """The model's own; ``[B, S, W]`` to ``[B, S, V]``, of an encoder to ``[B, C]``."""
+        if self._head is None:
+            assert self._model is not None, "an encoder without a head is scored by its states"
+            self._head = ClassifierHead(self._model) if self.whole else ModelHead(self._model, self._stack)
+        return self._head
+
+    def logits(self, n: int, hidden: Tensor) -> Tensor:
+        """``hidden: [B, S, W]`` after n layers; ``[B, S, V]``, of an encoder ``[B, C]``."""
+        own = self.own.heads.get(n)
+        if own is None:
+            return self.head(hidden)
+        return own(hidden[:, 0] if self.whole else hidden)
+
+    def sure(self, n: int, hidden: Tensor, before: Tensor, logits: Tensor | None) -> Tensor:
+        """Confidence of states ``hidden, before: [N, W]`` after n and n - 1 layers, or of ``logits: [N, V]``."""
+        kind = self.setting.confidence
+        if kind == "state":
+            return measures.saturation(hidden, before)
+        if n in self.own.classifiers:
+            return measures.of_classifier(self.own.classifiers[n](hidden))
+        assert logits is not None
+        scores = self.shortened(logits)
+        return (kind if callable(kind) else measures.of_logits(kind, scores.shape[-1]))(scores)
+
+    def shortened(self, logits: Tensor) -> Tensor:
+        """The logits of the shortlist."""
+        if self.own.tokens is not None:
+            return logits.index_select(-1, self.own.tokens.to(logits.device))
+        return logits if self.setting.shortlist is None else logits[..., : self.setting.shortlist]
+
+
 class ExitState:
     """What one forward pass knows about its exits."""
 
-    def __init__(self, setting: EarlyExit, head: Any, layers: int, *, whole: bool) -> None:
+    def __init__(self, setting: EarlyExit, scorer: Scorer, layers: int) -> None:
         self.setting = setting
-        self.head = head
-        self.at = 0 if whole else -1
+        self.scorer = scorer
+        self.at = 0 if scorer.whole else -1
         """The position whose state is looked at: an encoder's first, a decoder's last."""
         self.layers = layers
         self.exited: Tensor | None = None
@@ -106,6 +150,7 @@ class ExitState:
         self.position = 0
         self.depths: list[list[int]] = []
         """For each forward pass, the number of layers that ran, row by row."""
+        self._left: list[tuple[int, Tensor, Tensor]] = []
 
     def begin(self, hidden: Tensor, filled: int) -> None:
         """A new forward pass; `filled`: tokens already in the cache."""
@@ -115,34 +160,49 @@ class ExitState:
         self.position = filled + hidden.shape[1] - 1
         self.active = self.setting.phase == "all" or (filled > 0 and hidden.shape[1] == 1)
         self.depths.append([self.layers] * rows)
+        self._left = []
 
     def score(self, n: int, hidden: Tensor) -> None:
         """Decide at the exit after `n` layers; ``hidden: [B, S, W]``."""
         setting = self.setting
-        assert self.exited is not None
+        assert self.exited is not None and self.before is not None
         if not self.active or (setting.rows == "all" and bool(self.exited.all())):
             return
-        if setting.confidence == "state":
-            assert self.before is not None
-            sure = measures.saturation(hidden[:, self.at], self.before)
+        logits: Tensor | None = None
+        if setting.reads_logits:
+            scored = self.scorer.logits(n, hidden if self.scorer.whole else hidden[:, -1:])
+            logits = scored if self.scorer.whole else scored[:, -1]
+        if setting.confidence == "patience":
+            assert logits is not None
+            self.choice, self.run = measures.agreement(self.scorer.shortened(logits), self.choice, self.run)
+            newly = self.run >= setting.threshold
         else:
-            scores = self.head(hidden) if self.at == 0 else self.head(hidden[:, -1:])[:, -1]
-            if setting.shortlist is not None:
-                scores = scores[:, : setting.shortlist]
-            if setting.confidence == "patience":
-                self.choice, self.run = measures.agreement(scores, self.choice, self.run)
-                sure = self.run
-            elif callable(setting.confidence):
-                sure = setting.confidence(scores)
-            else:
-                sure = measures.of_logits(setting.confidence, scores.shape[-1])(scores)
-        newly = sure >= setting.threshold if setting.confidence == "patience" else sure > self._threshold(hidden)
+            newly = self.scorer.sure(n, hidden[:, self.at], self.before, logits) > self._threshold(hidden)
         if setting.rows == "all":
             newly = newly.all().expand_as(self.exited)
-        for row, goes in enumerate((newly & ~self.exited).tolist()):
+        leaves = newly & ~self.exited
+        for row, goes in enumerate(leaves.tolist()):
             if goes:
                 self.depths[-1][row] = n
+        if n in self.scorer.own.heads and bool(leaves.any()):
+            self._left.append((n, leaves, hidden))
         self.exited = self.exited | newly
+
+    def finish(self, _model: nn.Module, _args: Any, output: Any) -> Any:
+        """Forward hook: rows that left at an exit with a head of its own have that head's logits."""
+        if not self._left:
+            return output
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        for n, leaves, hidden in self._left:
+            if self.scorer.whole:
+                mine = self.scorer.logits(n, hidden)
+            else:
+                mine = self.scorer.logits(n, hidden[:, hidden.shape[1] - logits.shape[1] :])
+            logits = torch.where(leaves.reshape(-1, *[1] * (logits.ndim - 1)), mine, logits)
+        if isinstance(output, tuple):
+            return (logits, *output[1:])
+        output.logits = logits
+        return output
 
     def _threshold(self, hidden: Tensor) -> Any:
         schedule = measures.schedule_of(self.setting.threshold)
@@ -182,15 +242,12 @@ def _filled(values: tuple[Any, ...]) -> int:
     return 0
 
 
-def with_exits(model: nn.Module, stack: ModuleStack, setting: EarlyExit) -> nn.Module:
+def with_exits(model: nn.Module, stack: ModuleStack, setting: EarlyExit, *, whole: bool) -> nn.Module:
     """`model` with its layers wrapped in place; ``model.exit_state.depths`` tells how deep each pass went."""
-    generates = getattr(model, "can_generate", None)
-    whole = generates is not None and not generates()
-    head: Any = None
-    if setting.confidence != "state":
-        head = ClassifierHead(model) if whole else ModelHead(model, stack)
-    state = ExitState(setting, head, len(stack), whole=whole)
+    state = ExitState(setting, Scorer(setting, model, stack, whole=whole), len(stack))
     for index in range(len(stack)):
         stack.layers[index] = LayerWithExit(stack.layers[index], index, state)
     object.__setattr__(model, "exit_state", state)
+    if state.scorer.own.heads:
+        model.register_forward_hook(state.finish)
     return model

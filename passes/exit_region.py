@@ -69,9 +69,13 @@ def written_memory(node: fx.Node) -> fx.Node | None:
     return depth.base(target) if isinstance(target, fx.Node) else None
 
 
-def find_region(graph: fx.Graph, state: fx.Node, apart: Collection[fx.Node], late: Collection[fx.Node]) -> Region:
+def find_region(
+    graph: fx.Graph, state: fx.Node, apart: Collection[fx.Node], late: Collection[fx.Node],
+    within: Collection[fx.Node] = (),
+) -> Region:  # fmt: skip
     """The nodes after `state` that depend on it, through data or through memory; `apart` (the check of this exit) and
-    `late` (writes after the branches) stay outside. Raises :class:`RegionError` where order would be lost."""
+    `late` (writes after the branches) stay outside, and `within` inside, whatever they depend on. Raises
+    :class:`RegionError` where order would be lost."""
     order = list(graph.nodes)
     start = order.index(state)
     inside: dict[fx.Node, None] = {}
@@ -83,7 +87,8 @@ def find_region(graph: fx.Graph, state: fx.Node, apart: Collection[fx.Node], lat
         if op_name(node) in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
             raise RegionError("FX101", node, f"{op_name(node)} stands between the layers after the exit")
         inputs = node.all_input_nodes
-        if any(a is state or a in inside or (a not in inside and depth.base(a) in tainted) for a in inputs):
+        depends = any(a is state or a in inside or (a not in inside and depth.base(a) in tainted) for a in inputs)
+        if depends or node in within:
             inside[node] = None
             target = written_memory(node)
             if target is not None:

@@ -116,6 +116,10 @@ class LayerSkip(Technique):
         if self.keep == ():
             raise SettingError("LayerSkip(keep=()): at least one layer has to run.")
 
+    @property
+    def late(self) -> bool:
+        return self.router is not None
+
     def kept(self, num_layers: int) -> tuple[int, ...]:
         """Indices of the layers that run in a stack of `num_layers`, ascending.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fxopt.passes.technique import Technique
 
 ORDER: tuple[str, ...] = (
@@ -12,6 +14,7 @@ ORDER: tuple[str, ...] = (
     "gqa_packing",  # before cache_extent: only an unrepeated cache can be read up to a length
     "cache_extent",  # before async_softmax, whose kernels take the extent as an argument
     "async_softmax",
+    "layer_skip:late",  # by routers: the passes above do not look into the branch that a routed layer becomes
     "early_exit",  # after every pass that looks for layers or attention: none of them looks into a conditional's branch
     "flat_gemm",  # last: its operators hide the residual additions by which the others know a layer
 )
@@ -20,3 +23,10 @@ ORDER: tuple[str, ...] = (
 def names() -> list[str]:
     """Every known pass, in the order they run; techniques from outside the package run after the package's own."""
     return [*[n for n in ORDER if n in Technique.registry], *[n for n in Technique.registry if n not in ORDER]]
+
+
+def turns(acting: Collection[str]) -> list[tuple[str, bool]]:
+    """Name, and whether it is the turn of settings that run late, of the passes that act on a graph."""
+    placed = [(n.partition(":")[0], n.endswith(":late")) for n in ORDER]
+    known = {name for name, _ in placed}
+    return [*[turn for turn in placed if turn[0] in acting], *[(n, False) for n in acting if n not in known]]

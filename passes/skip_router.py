@@ -18,6 +18,7 @@ Before and after, for one layer with a static cache::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,11 +29,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxopt.codegen import compat
-from fxopt.passes import cache_rows, confidence, depth, provenance
+from fxopt.passes import cache_rows, confidence, depth, inputs, own_modules
+from fxopt.passes.compaction import Compacted, compact
 from fxopt.passes.context import PassContext
+from fxopt.passes.exit_cost import weight_bytes
 from fxopt.passes.exit_region import RegionError, exit_nodes, find_region, insert_cond, outline
 from fxopt.passes.layers import Layer, Stack
 from fxopt.passes.modules import WrappedLayer
+from fxopt.passes.nodes import same
 from fxopt.passes.rewriter import Rewriter
 from fxopt.passes.streams import op_name
 from fxopt.passes.technique import SettingError
@@ -72,17 +76,7 @@ def find_routers(model: nn.Module, path: str, layers: int) -> dict[int, Router]:
     A router of layer i is ``nn.Linear(width, 1)``: entry i of a ModuleList, or the ModuleDict's ``"i"``; in a file,
     ``"i.weight"`` and ``"i.bias"``. Layers without one always run. Raises SettingError for anything else.
     """
-    if path.endswith(".safetensors"):
-        holder: Any = _load(path)
-        model.add_module(CHILD, holder)
-    else:
-        try:
-            holder = model.get_submodule(path)
-        except AttributeError:
-            raise SettingError(
-                f"LayerSkip(router={path!r}): {type(model).__name__} has no module {path!r}. Give the dotted path of a "
-                "ModuleList or ModuleDict of nn.Linear(width, 1), one a layer, or a .safetensors file."
-            ) from None
+    holder = own_modules.holder(model, path, CHILD, f"LayerSkip(router={path!r})")
     found: dict[int, Router] = {}
     for name, child in holder.named_children():
         if not name.isdigit() or not isinstance(child, nn.Linear) or child.out_features != 1:
@@ -97,31 +91,6 @@ def find_routers(model: nn.Module, path: str, layers: int) -> dict[int, Router]:
             f"{layers - 1}."
         )
     return found
-
-
-def _load(path: str) -> nn.ModuleDict:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError("routers are read from safetensors files: pip install 'fxopt[hf]'") from error
-    try:
-        tensors = {name.removeprefix(f"{CHILD}."): tensor for name, tensor in load_file(path).items()}
-    except Exception as error:
-        raise SettingError(
-            f"LayerSkip(router={path!r}) cannot be read: {type(error).__name__}: {error}. Write it with "
-            "safetensors.torch.save_file({'0.weight': [1, width], '0.bias': [1], ...})."
-        ) from error
-    holder = nn.ModuleDict()
-    for name, weight in tensors.items():
-        index, _, part = name.partition(".")
-        if part != "weight":
-            continue
-        bias = tensors.get(f"{index}.bias")
-        holder[index] = nn.Linear(weight.shape[-1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
-        holder[index].weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            holder[index].bias = nn.Parameter(bias, requires_grad=False)
-    return holder
 
 
 # -- meaning --------------------------------------------------------------------------------------------------------
@@ -193,9 +162,10 @@ def route_stack(stack: Stack, routers: Mapping[int, Router], context: PassContex
                 f"({torch.__version__}) refuses writes in the branches of torch.cond; torch 2.12 and later take them"
             )  # fmt: skip
             return
+    told = []
     try:
         for layer in reversed(routed):
-            _route(layer, routers[layer.index], context.rewriter)
+            told.append((layer, _route(layer, routers[layer.index], context)))
     except RegionError as error:
         if context.rewriter.changed:
             raise
@@ -205,10 +175,10 @@ def route_stack(stack: Stack, routers: Mapping[int, Router], context: PassContex
     context.note(
         stack.path, "whether a layer runs is decided on the host: one synchronisation a routed layer", code="FX604"
     )
-    for layer in routed:
+    for layer, compacted in reversed(told):
         context.applied(
-            layer.path, "not read when no row of the batch wants it; otherwise computed for all rows, those that pass "
-            "by too (rows are not compacted)"
+            layer.path, "not read when no row of the batch wants it; otherwise computed for " +
+            ("the rows that want it" if compacted else "all rows, those that pass by too")
         )  # fmt: skip
 
 
@@ -217,27 +187,71 @@ def _writes_a_cache(node: fx.Node) -> bool:
     return op_name(node) in ("index_copy_", "copy_") and isinstance(tensor, Tensor) and tensor.ndim == 4
 
 
-def _route(layer: Layer, router: Router, rewriter: Rewriter) -> None:
+def _route(layer: Layer, router: Router, context: PassContext) -> bool:
+    """Put a layer into a branch; whether rows that do not want it are left out of the computation."""
+    rewriter = context.rewriter
     graph = rewriter.graph
     known = set(graph.nodes)
     wants = _insert_decision(layer, router, rewriter)
     nobody = confidence.inline(lambda w: torch.logical_not(torch.any(w)), [wants], rewriter, before=wants.next,
                                like=layer.input)  # fmt: skip
     decision = {n for n in graph.nodes if n not in known}
+    following = _after(layer)
     alias: dict[fx.Node, fx.Node] = {}
-    _mask_rows(layer, wants, alias, rewriter)
-    rows = rewriter.call(torch.reshape, (wants, (-1, 1, 1)), like=layer.output, after=layer.output)
-    kept = rewriter.call(torch.where, (rows, layer.output, layer.input), like=layer.output, after=rows)
-    rewriter.replace(layer.output, kept, only=lambda user: user is not kept)
+    within: list[fx.Node] = []
+    done = _compacted(layer, wants, context)
+    if done is not None:
+        kept, within = done.end, done.nodes
+        alias.update(done.zeros)
+    else:
+        _mask_rows(layer, wants, alias, rewriter)
+        rows = rewriter.call(torch.reshape, (wants, (-1, 1, 1)), like=layer.output, after=layer.output)
+        kept = rewriter.call(torch.where, (rows, layer.output, layer.input), like=layer.output, after=rows)
+        rewriter.replace(layer.output, kept, only=lambda user: user is not kept)
     alias[kept] = layer.input
     order = list(graph.nodes)
-    last = max(order.index(n) for n in (*layer.nodes, kept) if n.graph is graph)
-    following = order[last].next
-    region = find_region(graph, layer.input, decision | set(order[last + 1 :]), ())
+    region = find_region(graph, layer.input, decision | set(order[order.index(following) :]), (), within)
     results = [n for n in region.nodes if any(user not in region.members for user in n.users)]
     region = replace(region, results=results)
     passing = outline(exit_nodes(region, alias, [layer]), results, alias)
     insert_cond(region, results, nobody, passing, rewriter, f"route_{layer.index}", following)
+    return done is not None
+
+
+def _after(layer: Layer) -> fx.Node:
+    """The first node behind all of a layer."""
+    last = max((*layer.nodes, layer.output))
+    return last.next
+
+
+def _compacted(layer: Layer, wants: fx.Node, context: PassContext) -> Compacted | None:
+    """The layer on the rows that want it, on prompts; None, and a remark, where all rows are computed."""
+    state = depth.value(layer.input)
+    if same(state.shape[0], 1):
+        return None
+    loss = _loss_of_all_rows(layer)
+    if same(state.shape[1], 1):
+        context.note(
+            layer.path, f"one token a row: its weights are read whatever the number of rows, so rows are not gathered; "
+            f"where a quarter of them passes by, all rows cost at most {loss:.1%} more bytes than the others alone"
+        )  # fmt: skip
+        return None
+    try:
+        return compact(layer.input, layer.output, wants, context.rewriter, dict(cache_rows.new_rows(layer)))
+    except RegionError as error:
+        context.missed(error.code, error.node, f"rows that pass by are computed along: {error.message}")
+        return None
+
+
+def _loss_of_all_rows(layer: Layer) -> float:
+    """Bytes of a step on all rows over those on three quarters of them, less one: weights once, caches by row."""
+    caches = 0.0
+    for node in cache_rows.cache_inputs(layer):
+        tensor = depth.value(node)
+        sizes = (s if isinstance(s, int) else s.node.hint or 1 for s in tensor.shape)  # a hint installs no guard
+        caches += math.prod(sizes) * tensor.element_size()
+    weights = float(weight_bytes(layer.nodes))
+    return (weights + caches) / max(1.0, weights + 0.75 * caches) - 1
 
 
 def _insert_decision(layer: Layer, router: Router, rewriter: Rewriter) -> fx.Node:
@@ -250,7 +264,7 @@ def _insert_decision(layer: Layer, router: Router, rewriter: Rewriter) -> fx.Nod
         return stored  # a growing cache that is an input is filled
     last = put(lambda h: h[:, -1, :], [layer.input])
     if isinstance(router, nn.Linear):
-        weights = [_parameter(layer, name, p, rewriter, place) for name, p in router.named_parameters()]
+        weights = [inputs.weight(router, name, rewriter, like=layer.input) for name, _ in router.named_parameters()]
         said = put(lambda h, *w: F.linear(h, *w)[:, 0] > 0, [last, *weights])
     else:
         said = put(lambda h: router(h, layer.index), [last])
@@ -260,19 +274,6 @@ def _insert_decision(layer: Layer, router: Router, rewriter: Rewriter) -> fx.Nod
     if counter is None:
         raise RegionError("FX208", layer.input, "whether the static cache is empty cannot be seen in this graph")
     return put(lambda n, new, old: torch.where(n == 0, new, old), [counter, said, stored])
-
-
-def _parameter(layer: Layer, name: str, value: nn.Parameter, rewriter: Rewriter, place: fx.Node) -> fx.Node:
-    graph = rewriter.graph
-    attribute = f"fxopt_router_{layer.index}_{name}"
-    setattr(graph.owning_module, attribute, value)
-    with graph.inserting_before(place):
-        node = graph.get_attr(attribute)
-    mode = depth.value(layer.input).fake_mode
-    node.meta["example_value"] = mode.from_tensor(value, static_shapes=True)
-    provenance.stamp(node, [layer.input], rewriter.pass_name, rewriter._next)
-    rewriter._next += 1
-    return node
 
 
 def _mask_rows(layer: Layer, wants: fx.Node, alias: dict[fx.Node, fx.Node], rewriter: Rewriter) -> None:

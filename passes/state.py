@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import LocalSource
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxopt.passes.inputs import INPUT, Supplied, placeholder, zeros
 from fxopt.passes.rewriter import Rewriter
 
-INPUT, WRITTEN = "fxopt_state", "fxopt_state_written"
+WRITTEN = "fxopt_state_written"
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,15 @@ def add_state(
     ``tensors``: the shape of each, of the cache's dtype. One more comes with them: ``filled``, 0-d int64, the length
     that the state covers, -1 where nothing is known. Operators write all of them in place.
     """
-    graph = rewriter.graph
     value = cache.meta["example_value"]
     wanted = {"filled": ((), torch.int64), **{name: (shape, value.dtype) for name, shape in tensors.items()}}
     made: dict[str, fx.Node] = {}
     for name, (shape, dtype) in wanted.items():
-        last = graph.find_nodes(op="placeholder")[-1]
-        label = f"{INPUT}_{len([n for n in graph.nodes if INPUT in n.meta])}_{name}"
-        with graph.inserting_after(last):
-            node = graph.placeholder(label)
-        node.meta[INPUT] = StateInput(cache, kind, name, shape, dtype)
-        with rewriter.fake_mode:
-            node.meta["example_value"] = torch.zeros(shape, dtype=dtype, device=value.device)
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        node._dynamo_source = LocalSource(label, is_input=True)  # type: ignore[attr-defined]
-        rewriter.adopt(node, like)
-        made[name] = node
+        made[name] = placeholder(
+            rewriter, f"fxopt_state_{name}", zeros(rewriter, shape, dtype, value.device),
+            StateInput(cache, kind, name, shape, dtype), like=like,
+        )  # fmt: skip
+        made[name].meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return made
 
 
@@ -86,29 +79,28 @@ def writes(cache: fx.Node) -> None:
     cache.meta[WRITTEN] = True
 
 
-def examples(graph: fx.Graph) -> list[Tensor]:
-    """Example inputs for the placeholders that :func:`add_state` made, in order."""
-    return [node.meta["example_value"] for node in graph.find_nodes(op="placeholder") if INPUT in node.meta]
-
-
 def wrapper(graph: fx.Graph) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
-    """What to put around the compiled graph, which takes the state after its own inputs; None where it has none."""
+    """What to put around the compiled graph, which takes what passes added after its own inputs; None for nothing."""
     places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
-    inputs: list[StateInput] = [node.meta[INPUT] for node in places if INPUT in node.meta]
+    added: list[StateInput | Supplied] = [node.meta[INPUT] for node in places if INPUT in node.meta]
     written = [places[node] for node in places if WRITTEN in node.meta]
-    if not inputs and not written:
+    if not added and not written:
         return None
+    inputs = [item for item in added if isinstance(item, StateInput)]
     kinds: dict[tuple[int, Hashable], list[StateInput]] = {}
     for item in inputs:
         kinds.setdefault((_place(places, item.cache), item.kind), []).append(item)
-    order = [((_place(places, i.cache), i.kind), i.name) for i in inputs]
+    order: list[Callable[[], Tensor] | tuple[tuple[int, Hashable], str]] = [
+        item.get if isinstance(item, Supplied) else ((_place(places, item.cache), item.kind), item.name)
+        for item in added
+    ]
 
     def wrap(compiled: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             for index in written:
                 forget(args[index])
             states = {key: _find(args[key[0]], key[1], group) for key, group in kinds.items()}
-            result = compiled(*args, *(states[key].tensors[name] for key, name in order))
+            result = compiled(*args, *(o() if callable(o) else states[o[0]].tensors[o[1]] for o in order))
             for (index, _), state in states.items():
                 state.version = _version(args[index])
             return result

@@ -78,6 +78,11 @@ class Technique:
     on_by_default: ClassVar[bool] = False
     """Runs without being asked for. Only exact techniques may."""
 
+    @property
+    def late(self) -> bool:
+        """Whether this setting runs at the pass's later place in the order, where it has one."""
+        return False
+
     registry: ClassVar[dict[str, type[Technique]]] = {}
     _known: ClassVar[weakref.WeakValueDictionary[str, Technique]] = weakref.WeakValueDictionary()
 

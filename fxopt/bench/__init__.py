@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-SUITES = ("overhead", "depth", "attention", "decode_step", "context", "sparse", "recorder")
+SUITES = ("overhead", "depth", "attention", "decode_step", "context", "sparse", "recorder", "exit_quality")
 
 
 def load_suite(name: str) -> Callable[..., Any]:

@@ -1,31 +1,42 @@
 """``fxopt bench depth --technique early_exit``: what an exit costs when it is not taken, and saves when it is.
 
-A decode step of the shipped model and of a Llama of width 768, both of 12 layers. The first peer of each case is the
-model compiled without the technique. ``never`` exits have a threshold below 1 that nothing reaches; the bound of an
-exit that is always taken is the model whose layers were deleted, plus the cache rows that the policy still writes.
+A decode step of the shipped model and of a Llama of width 768 with a vocabulary of 128,256, both of 12 layers. The
+first peer of each case is the model compiled without the technique. ``never`` exits have a threshold below 1 that
+nothing reaches; their bound is that model plus the check, as ``fxopt.plan`` prints its cost. The bound of an exit that
+is always taken is the model whose layers were deleted, plus the cache rows that the policy still writes.
+
+For the shipped model, steps through real text with the thresholds that ``fxopt bench exit_quality --keep`` left: what
+the layers that ran, the rows that were propagated and the checks cost by the other measurements, over the time taken.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxopt import tinylm
+from fxopt.bench import exit_quality
 from fxopt.bench.harness import Peer, Result, Row, check_equal, environment, measure, progress_bar
+from fxopt.bench.kept import newest
 from fxopt.bench.models import llama
 from fxopt.compiler import compile as fxopt_compile
 from fxopt.meaning import reference, shared_copy
 from fxopt.passes import confidence as measures
+from fxopt.passes.counters import DepthCounter, counters, depths
 from fxopt.passes.early_exit import EarlyExit
-from fxopt.passes.exit_counters import counters, total
-from fxopt.reporting import owner_of
+from fxopt.reporting import owner_of, report
 
 NEVER = math.nextafter(1.0, 0.0)
 """The largest threshold that is not folded away."""
 GOALS = {"never, state": 1.03, "never, max": 1.03, "always, propagate": 1.05, "always, none": 1.05}
+EFFICIENCY = 0.9
+"""Asked of tuned exits: predicted over measured time, at least."""
+STEPS = 24
 
 
 class Propagation(nn.Module):
@@ -91,7 +102,7 @@ class HeadCheck(nn.Module):
 
 
 def run(
-    *, device: str = "cpu", quick: bool = False, models: Sequence[str] = ("tinylm", "llama"),
+    *, device: str = "cpu", quick: bool = False, models: Sequence[str] = ("tinylm", "vocabulary"),
     batches: Sequence[int] = (1, 8), rounds: int = 200,
 ) -> Result:  # fmt: skip
     """Never and always at the middle exit, batch 1 and 8, beside the plain and the truncated model."""
@@ -104,20 +115,23 @@ def run(
         for name in models:
             model = _build(name).to(device)
             for batch in batches:
-                result.rows += _case(name, model, batch, device, rounds, result.remarks)
+                # A step of the larger model takes twenty times as long, and scatters less.
+                turns = rounds if name != "vocabulary" else max(5, rounds // 8)
+                rows = _case(name, model, batch, device, turns, result)
+                if name == "tinylm":
+                    rows += _tuned(model, batch, device, max(5, rounds // 12), rows, result)
+                result.rows += rows
                 step()
     return result
 
 
 def _build(name: str) -> Any:
     if name == "tinylm":
-        from fxopt import tinylm
-
         return tinylm.load()[0]
-    return llama(4, 64, heads=4, kv_heads=2, vocab_size=512) if name == "small" else llama(12, 768)
+    return llama(4, 64, heads=4, kv_heads=2, vocab_size=512) if name == "small" else llama(12, 768, vocab_size=128256)
 
 
-def _case(name: str, model: Any, batch: int, device: str, rounds: int, remarks: list[str]) -> list[Row]:
+def _case(name: str, model: Any, batch: int, device: str, rounds: int, result: Result) -> list[Row]:
     layers, vocabulary = model.config.num_hidden_layers, model.config.vocab_size
     middle, prompt = layers // 2, 64
     never = {kind: EarlyExit(layers=(middle,), confidence=kind, threshold=NEVER) for kind in ("state", "max")}
@@ -130,26 +144,40 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, remarks: 
     }
     ids = torch.randint(3, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     peers = [Peer(peer, *(_decode(built[peer], ids),) * 2) for peer in built]
-    segments = Peer("never, segments", *(_segments(model, middle, ids),) * 2)
-    check_equal([*peers[:3], segments], tolerance=1e-4)
+    same = peers[:3]
+    if name != "vocabulary":
+        segments = Peer("never, segments", *(_segments(model, middle, ids),) * 2)
+        check_equal([*same, segments], tolerance=1e-4)
+        same.append(segments)
+    check_equal(same, tolerance=1e-4)
     check_equal(peers[3:], tolerance=1e-4)
-    peers.append(segments)
+    peers = [*same, *peers[3:]]
     for part, call in _parts(model, middle, ids).items():
         peers.append(Peer(part, call))
     rows = measure(f"{name}, batch {batch}", peers, rounds=rounds, device=device)
     for peer, depth in {"never, state": layers, "never, max": layers, "always, propagate": middle}.items():
-        ran = {n for n, count in total(counters(owner_of(built[peer]))).items() if count}
+        ran = {n for n, count in depths(counters(DepthCounter, owner_of(built[peer]))).items() if count}
         assert ran == {depth}, f"{peer} ran {ran} layers of {layers}"
-    _judge(name, batch, rows, remarks)
+    remaining = (layers - middle) / _layers_of_check(built["never, max"])
+    _judge(name, batch, rows, remaining, result.remarks)
     return rows
 
 
-def _judge(name: str, batch: int, rows: list[Row], remarks: list[str]) -> None:
-    """Set each goal's bound, and say what became of it, by medians."""
+def _layers_of_check(model: Any) -> float:
+    """The cost of a check in layers, as the report of a compilation, and ``fxopt.plan``, print it."""
+    told = [r.message for r in report(model).remarks if r.technique == "early_exit" and r.status == "applied"]
+    found = re.search(r"\(([\d.]+) layers\), taking it", told[0])
+    assert found is not None, told[0]
+    return float(found[1])
+
+
+def _judge(name: str, batch: int, rows: list[Row], remaining: float, remarks: list[str]) -> None:
+    """Set each goal's bound, and say what became of it, by medians. `remaining`: layers after the exit over those that
+    a check costs."""
     seconds = {row.peer: row.median for row in rows}
     bounds = {
         "never, state": seconds["plain"],
-        "never, max": seconds["plain"] + seconds["one check"],
+        "never, max": seconds["plain"] + (seconds["plain"] - seconds["truncated"]) / remaining,
         "always, propagate": seconds["truncated"] + seconds["propagation"],
         "always, none": seconds["truncated"],
     }
@@ -160,6 +188,82 @@ def _judge(name: str, batch: int, rows: list[Row], remarks: list[str]) -> None:
                 f"{name}, batch {batch}: {row.peer} {row.median / row.bound:.3f} of its bound; "
                 f"goal at most {GOALS[row.peer]}"
             )
+
+
+def _tuned(model: Any, batch: int, device: str, rounds: int, rows: list[Row], result: Result) -> list[Row]:
+    """Steps through the held-out text with the thresholds that were kept, against what their parts cost."""
+    try:
+        kept = newest("exit_quality")
+    except FileNotFoundError as error:
+        result.remarks.append(f"no tuned thresholds: {error}")
+        return []
+    if exit_quality.weights(model) not in kept["remarks"][0]:
+        result.remarks.append("the kept thresholds are of other weights: run fxopt bench exit_quality --keep first")
+        return []
+    cut = exit_quality.windows(tinylm.load()[1], False)[exit_quality.ROWS :][:batch]
+    ids = torch.stack([window.inputs for window in cut]).to(device)
+    found: list[Row] = []
+    for line in kept["figures"]:
+        if not line["goal"]:
+            continue
+        technique = EarlyExit(
+            layers=exit_quality.EXITS, confidence=line["confidence"], threshold=line["threshold"], rows="all"
+        )
+        compiled = fxopt_compile(shared_copy(model), technique, strict=True)
+        call = _text(compiled, ids)
+        call()
+        for counter in counters(DepthCounter, owner_of(compiled)):
+            counter.reset()
+        call()
+        histogram = depths(counters(DepthCounter, owner_of(compiled)))
+        peer = Peer(f"tuned {line['confidence']} {line['goal']}", call)
+        (row,) = measure(f"{STEPS} tokens, batch {batch}", [peer], rounds=rounds, device=device)
+        row.ratio = row.ratio_low = row.ratio_high = None
+        row.bound = STEPS * _predicted(histogram, line["confidence"], model.config.num_hidden_layers, rows)
+        depth = sum(n * count for n, count in histogram.items()) / sum(histogram.values())
+        result.figures.append({
+            "tuned": f"{line['confidence']}, {line['goal']}", "batch": batch, "mean depth of these steps": depth,
+            "predicted over measured": row.bound / row.median, "asked": EFFICIENCY,
+        })  # fmt: skip
+        found.append(row)
+    return found
+
+
+def _predicted(histogram: dict[int, int], confidence: str, layers: int, rows: list[Row]) -> float:
+    """Seconds of a step: the model without layers, the layers that ran, rows propagated for others, and checks."""
+    seconds = {row.peer: row.median for row in rows}
+    middle = layers // 2
+    layer = (seconds["plain"] - seconds["truncated"]) / (layers - middle)
+    rest = seconds["truncated"] - middle * layer
+    passed = seconds["propagation"] / (layers - middle)
+    check = seconds["one check"] if confidence != "state" else 0.0
+    total = 0.0
+    for depth, count in histogram.items():
+        reached = sum(n <= depth for n in exit_quality.EXITS)
+        # The head that an exit was scored with gives its result; the model's own does not run again.
+        reused = check if depth < layers else 0.0
+        total += count * (rest + depth * layer + (layers - depth) * passed + reached * check - reused)
+    return total / sum(histogram.values())
+
+
+def _text(model: Any, ids: Tensor) -> Callable[[], Tensor]:
+    """The next tokens of a text, one by one, on a static cache that holds what comes before; rewound after it."""
+    from transformers import StaticCache
+
+    prompt = exit_quality.PROMPT
+    cache = StaticCache(config=model.config, max_cache_len=prompt + STEPS)
+    with torch.compiler.set_stance("force_eager"):
+        model(input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    tokens = [ids[:, place : place + 1].clone() for place in range(prompt, prompt + STEPS)]
+
+    def call() -> Tensor:
+        for token in tokens:
+            logits = model(input_ids=token, past_key_values=cache).logits
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(prompt)  # type: ignore[union-attr]
+        return logits
+
+    return call
 
 
 def _decode(model: Any, ids: Tensor) -> Callable[[], Tensor]:

@@ -57,9 +57,14 @@ class Result:
     environment: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    """What a suite found besides times, one dict of the same keys a line."""
 
     def table(self) -> str:
-        """The rows as text: times in milliseconds, ratios to the first peer of each case."""
+        """The rows as text: times in milliseconds, ratios to the first peer of each case; then the figures."""
+        return "\n".join([*(self._times() if self.rows else ()), *_aligned(self.figures), *self.remarks])
+
+    def _times(self) -> list[str]:
         lines = [f"{'case':<34} {'peer':<22} {'median ms':>10} {'quartiles':>17} {'ratio':>7} {'bound ms':>9}"]
         for row in self.rows:
             ratio = f"{row.ratio:.3f}" if row.ratio is not None else ""
@@ -69,7 +74,7 @@ class Result:
                 f"{row.case:<34} {row.peer:<22} {row.median * 1e3:>10.3f} {spread:>17} {ratio:>7} {bound:>9}"
                 f"{'  ' + row.note if row.note else ''}"
             )
-        return "\n".join([*lines, *self.remarks])
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": 1, **asdict(self)}
@@ -103,6 +108,20 @@ class Result:
         axes.legend(frameon=False)
         figure.tight_layout()
         figure.savefig(path)
+
+
+def _aligned(figures: Sequence[dict[str, Any]]) -> list[str]:
+    """Dicts of the same keys as a table of text."""
+    if not figures:
+        return []
+    lines = [list(figures[0]), *([shown(v) for v in line.values()] for line in figures)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
+def shown(value: Any) -> str:
+    """A figure as text, five digits at most."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import re
 import sys
 from typing import Any
 
-from fxopt.bench.harness import RESULTS
+from fxopt.bench.harness import RESULTS, shown
 from fxopt.codegen.files import write_whole
 
 _PLACE = re.compile(r"(<!-- bench (\S+) -->\n).*?(<!-- end bench -->)", re.DOTALL)
@@ -29,12 +29,19 @@ def newest(suite: str, folder: pathlib.Path = RESULTS) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """One table a result: medians, quartiles, and the ratio to the first peer of each case, pair by pair."""
-    lines = ["| case | | median ms | quartiles | time over the first |", "|---|---|---|---|---|"]
+    """Medians, quartiles, and the ratio to the first peer of each case, pair by pair; then the other figures."""
+    lines: list[str] = []
+    if result["rows"]:
+        lines += ["| case | | median ms | quartiles | time over the first |", "|---|---|---|---|---|"]
     for row in result["rows"]:
         median, low, high = (_milliseconds(row[name]) for name in ("median", "low", "high"))
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
         lines.append(f"| {row['case']} | {row['peer']} | {median} | {low} to {high} | {ratio} |")
+    figures = result.get("figures") or []
+    if figures:
+        lines += [""] if lines else []
+        lines += [f"| {' | '.join(figures[0])} |", "|---" * len(figures[0]) + "|"]
+        lines += [f"| {' | '.join(map(shown, line.values()))} |" for line in figures]
     machine = result["environment"]
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     said = "; ".join(result["remarks"])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fxopt.meaning import reference
-from fxopt.passes.exit_counters import counters
+from fxopt.passes.counters import DepthCounter, counters
 from fxopt.passes.mod_counters import watching
 from fxopt.passes.technique import Technique
 
@@ -58,7 +58,7 @@ def counted(report: Report) -> list[Picture]:
     """Histograms of the exits that the graphs of `report` took in this process so far; reads the device."""
     numbers = {graph.number: graph for graph in report.graphs}
     found = []
-    for counter in counters():
+    for counter in counters(DepthCounter):
         histogram = counter.histogram
         graph = numbers.get(counter.graph)
         if graph is not None and graph.owner == counter.owner and any(histogram.values()):

@@ -16,7 +16,7 @@ import torch
 
 import fxopt
 from fxopt.passes import confidence as measures
-from fxopt.passes import exit_counters, exit_region
+from fxopt.passes import counters, exit_region
 from fxopt.passes.early_exit import EarlyExit
 from fxopt.passes.modules import delete_layers, module_stacks
 from fxopt.passes.technique import SettingError
@@ -205,12 +205,12 @@ def test_two_conversations_do_not_mix(captured):
 
 def test_nan_never_exits_and_is_counted(captured):
     technique = EarlyExit(layers=(1,), confidence=nan_for_first_row, threshold=0.0, rows="each", phase="decode")
-    before = set(exit_counters.counters())
+    before = set(counters.counters(counters.DepthCounter))
     rewritten = captured("static").use(technique)
     harness.generate(rewritten.model, IDS, "static", 5)
-    mine = [c for c in exit_counters.counters() if c not in before]
+    mine = [c for c in counters.counters(counters.DepthCounter) if c not in before]
     assert sum(c.nan_rows for c in mine) == 4
-    assert exit_counters.total(mine) == {1: 4, 3: 4}
+    assert counters.depths(mine) == {1: 4, 3: 4}
 
 
 def nan_for_first_row(logits):
@@ -220,11 +220,11 @@ def nan_for_first_row(logits):
 
 def test_counts_the_depth_of_every_row(captured):
     technique = EarlyExit(layers=(1, 2), confidence="margin", threshold=0.1, rows="each")
-    before = set(exit_counters.counters())
+    before = set(counters.counters(counters.DepthCounter))
     depths = compare(captured, technique, "static")
-    mine = [c for c in exit_counters.counters() if c not in before]
+    mine = [c for c in counters.counters(counters.DepthCounter) if c not in before]
     flat = [d for rows in depths for d in rows]
-    assert exit_counters.total(mine) == {n: flat.count(n) for n in (1, 2, 3)}
+    assert counters.depths(mine) == {n: flat.count(n) for n in (1, 2, 3)}
 
 
 def test_writes_after_the_branches_compute_the_same(captured, monkeypatch):
@@ -349,11 +349,12 @@ def test_schedules():
         ({"threshold": float("nan")}, r"\[0, 1\]"),
         ({"threshold": ((3, 0.5),)}, "begin at 0"),
         ({"confidence": "margn"}, "Did you mean 'margin'"),
-        ({"confidence": "exit.classifier"}, "not available in this version"),
         ({"confidence": "patience"}, "threshold=2"),
         ({"confidence": "patience", "threshold": 2}, "can never agree"),
-        ({"head": {1: "heads.0"}}, "not available in this version"),
-        ({"shortlist": "tokens.json"}, "number of tokens"),
+        ({"head": {2: "heads.0"}}, "no exit after"),
+        ({"head": {1: 0}}, "path of a module"),
+        ({"head": "heads", "shortlist": 16}, "one of the two"),
+        ({"shortlist": "tokens.csv"}, "number of tokens"),
         ({"shortlist": 16, "confidence": "state"}, "reads no head"),
         ({"rows": "some"}, "'all', 'each'"),
         ({"phase": "prompt"}, "'all', 'decode'"),

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import fxopt
-from fxopt.passes import exit_counters
+from fxopt.passes.counters import DepthCounter, counters, depths
 from fxopt.passes.early_exit import EarlyExit
 from fxopt.reporting import owner_of
 from fxopt.testing import TINY, _hf
@@ -80,12 +80,12 @@ def test_encoders_compute_what_the_reference_computes(name, confidence, rows, ea
     wanted = results(reference, name)
     compiled = fxopt.compile(sharp(name), technique, strict=True)
     torch.testing.assert_close(results(compiled, name), wanted, atol=1e-5, rtol=1e-5)
-    (depths,) = reference.exit_state.depths
-    counted = exit_counters.total(exit_counters.counters(owner_of(compiled)))
-    assert counted == {n: depths.count(n) for n in (1, 2, 3)}
+    (ran,) = reference.exit_state.depths
+    counted = depths(counters(DepthCounter, owner_of(compiled)))
+    assert counted == {n: ran.count(n) for n in (1, 2, 3)}
     if rows == "each":
         if confidence != "patience":
-            assert len(set(depths)) > 1, "rows are meant to part"
+            assert len(set(ran)) > 1, "rows are meant to part"
         for row in range(3):
             alone = results(compiled, name, slice(row, row + 1))
             torch.testing.assert_close(alone, wanted[row : row + 1], atol=1e-5, rtol=1e-5)
@@ -99,7 +99,54 @@ def test_layers_after_an_exit_do_not_run(eager_lowering):
     compiled = fxopt.compile(sharp("bert"), technique, strict=True)
     del model.bert.encoder.layer[1:]
     torch.testing.assert_close(results(compiled, "bert"), results(model, "bert"), atol=1e-5, rtol=1e-5)
-    assert exit_counters.total(exit_counters.counters(owner_of(compiled))) == {1: 3, 3: 0}
+    assert depths(counters(DepthCounter, owner_of(compiled))) == {1: 3, 3: 0}
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_rows_that_have_exited_are_not_computed(name, eager_lowering):
+    """Counted in rows that linears are given: after the exit only those that are left."""
+    model = sharp(name)
+    threshold = threshold_between(model, name, "state")
+    technique = EarlyExit(layers=(1,), confidence="state", threshold=threshold, rows="each")
+    reference = fxopt.reference(model, technique)
+    results(reference, name)
+    left = reference.exit_state.depths[0].count(3)
+    assert 0 < left < 3
+    compiled = fxopt.compile(sharp(name), technique, strict=True)
+    results(compiled, name)
+    linears = 6
+    assert rows_of_linears(model, name) == 3 * linears * 3
+    assert rows_of_linears(compiled, name) == linears * 3 + 2 * linears * left
+    assert not [r for r in fxopt.report(compiled).remarks if "computed along" in r.message]
+
+
+def rows_of_linears(model, name):
+    """Rows of the batch that all linears on states [rows, S, W] were given."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        results(model, name)
+    shapes = [event.input_shapes[0] for event in profile.events() if event.name == "aten::linear"]
+    return sum(shape[0] for shape in shapes if len(shape) == 3)
+
+
+@pytest.mark.slow
+def test_fewer_rows_through_inductor():
+    """Sizes that are known when it runs, in nested branches; the same code for any number of rows that is left."""
+    model = sharp("bert")
+    technique = EarlyExit(
+        layers=(1, 2), confidence="max", threshold=threshold_between(model, "bert", "max"), rows="each"
+    )
+    reference = fxopt.reference(model, technique)
+    compiled = fxopt.compile(sharp("bert"), technique, strict=True)
+    seen = set()
+    for seed in range(6):
+        ids = torch.randint(3, 128, (3, 9), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            wanted = reference(input_ids=ids, attention_mask=PADDED).logits
+            got = compiled(input_ids=ids, attention_mask=PADDED).logits
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+        seen.add(tuple(sorted(reference.exit_state.depths[-1])))
+    assert len(seen) > 2
+    assert len(fxopt.report(compiled).graphs) == 1
 
 
 def test_models_that_classify_no_whole_input_are_refused():
