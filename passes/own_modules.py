@@ -169,7 +169,7 @@ def output_shape(module: nn.Module, width: int) -> Sequence[int]:
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    fakes = {name: mode.from_tensor(tensor) for name, tensor in weights.items()}
+    fakes: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in weights.items()}
     like = next((t for t in weights.values() if t.is_floating_point()), torch.empty(0))
     with mode, torch.no_grad():
         state = torch.zeros(1, 1, width, dtype=like.dtype, device=like.device)

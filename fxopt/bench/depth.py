@@ -19,7 +19,7 @@ from fxopt.compiler import compile as fxopt_compile
 from fxopt.meaning import reference
 from fxopt.passes.layer_skip import LayerSkip
 
-SUITES = {"early_exit": "exits", "mixture_of_depths": "mixture"}
+SUITES = {"early_exit": "exits", "router": "routed", "mixture_of_depths": "mixture"}
 """Modules of the other depth techniques' suites."""
 PEERS = ("deleted, inductor", "fxopt layer_skip", "full, inductor")
 

@@ -80,6 +80,26 @@ def test_kept_results_fill_a_document(tmp_path):
         kept.newest("overhead", tmp_path)
 
 
+def test_figures_are_told_and_kept(tmp_path):
+    figures = [{"confidence": "margin", "depth": 7.123456}, {"confidence": "state", "depth": 12.0}]
+    result = Result("other", "fxopt bench other", environment("cpu"), figures=figures)
+    assert "7.1235" in result.table() and "median" not in result.table()
+    result.to_json(tmp_path / "r.json")
+    text = kept.filled("<!-- bench other -->\n<!-- end bench -->", tmp_path)
+    assert "| confidence | depth |\n|---|---|\n| margin | 7.1235 |" in text and "median" not in text
+
+
+@pytest.mark.slow
+def test_suites_of_exits_quick():
+    """Whether they run, and agree with themselves; what they find is measured elsewhere."""
+    quality = load_suite("exit_quality")(quick=True)
+    assert quality.figures[0]["mean depth, batch 1"] == 12 and quality.figures[1]["mean depth, batch 1"] < 12
+    timed = load_suite("depth")(quick=True, technique="early_exit")
+    assert {row.peer for row in timed.rows} >= {"plain", "never, state", "always, none", "one check"}
+    routed = load_suite("depth")(quick=True, technique="router")
+    assert len(routed.rows) == 6 and "weights are read" in routed.remarks[-1]
+
+
 @pytest.mark.parametrize("name", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))])
 def test_documents_show_the_kept_results(name):
     text = (ROOT / name).read_text(encoding="utf-8")
