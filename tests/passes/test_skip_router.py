@@ -82,6 +82,45 @@ def test_a_layer_that_nobody_wants_is_not_read(nobody, eager_lowering):
     torch.testing.assert_close(logits, wanted_logits, atol=2e-5, rtol=1e-5)
 
 
+def rows_of_linears(model, ids, **kwargs):
+    """Rows of the batch that all linears of width 64 or 96 were given in a forward pass."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        model(ids, **kwargs)
+    events = [e for e in profile.events() if e.name == "aten::linear"]
+    return sum(e.input_shapes[0][0] for e in events if e.input_shapes[1][0] <= 96)
+
+
+@pytest.mark.parametrize("cache", ["static", "growing", "none"])
+def test_a_prompt_computes_the_rows_that_want_a_layer(cache, eager_lowering):
+    """One row of four wants the first layer, three the second, all the third."""
+    from transformers import StaticCache
+
+    counts = torch.tensor([1, 3, 4])
+    model = fxopt.compile(TINY["llama"](), LayerSkip(router=first_rows), strict=True)
+    given = {"past_key_values": StaticCache(config=model.config, max_cache_len=16)} if cache == "static" else {}
+    given["use_cache"] = cache != "none"
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+        model(IDS, **given)
+        if cache == "static":
+            given["past_key_values"].reset()
+        assert rows_of_linears(model, IDS, **given) == 7 * int(counts.sum())
+    told = [r.message for r in fxopt.report(model).remarks if r.technique == "layer_skip" and r.status == "applied"]
+    assert len(told) == 3 and all("for the rows that want it" in message for message in told)
+
+
+def first_rows(state, layer):
+    return torch.cumsum(torch.ones_like(state[:, 0]), 0) <= (1, 3, 4)[layer]
+
+
+def test_decode_steps_say_what_all_rows_cost(eager_lowering):
+    model = fxopt.compile(routed_model(), LayerSkip(router="routers"), strict=True)
+    write(model, tokens=2)
+    (decode,) = [g for g in fxopt.report(model).graphs if g.role == "decode"]
+    told = [r.message for r in decode.remarks if "weights are read whatever the number of rows" in r.message]
+    assert len(told) == 3 and all("% more bytes" in message for message in told)
+
+
 def test_two_conversations_and_reset(eager_lowering):
     from transformers import StaticCache
 
