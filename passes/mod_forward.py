@@ -29,6 +29,7 @@ from fxopt.codegen import compat
 from fxopt.passes.mod_counters import observe
 from fxopt.passes.mod_reference import (
     ROUTER,
+    ROUTERS,
     Router,
     compute,
     deciding,
@@ -86,14 +87,16 @@ def called(model: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs:
     """
     if model.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return compiled(*args, **kwargs)
-    written = {r.cache_index: r.rows for r in routers(model).values() if r.cache_index is not None}
-    names = list(inspect.signature(model.forward).parameters)
+    # At each step: where the whole model was decorated, its modules need not be searched.
+    own: Any = model._modules.get(ROUTERS) or routers(model)
+    written = {r.cache_index: r.rows for r in own.values() if r.cache_index is not None}
+    names = _parameters(type(model).forward)
     given = dict(zip(names, args, strict=False)) | kwargs
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
     if cache is None and written and CACHES[0] in names and CACHES[0] not in names[: len(args)]:
         cache = _made_by_default(model, given)
         kwargs = kwargs if cache is None else {**kwargs, CACHES[0]: cache}
-    tokens = next((t for t in given.values() if isinstance(t, Tensor) and t.ndim > 1), None)
+    tokens = _tokens(given)
     if cache is None or tokens is None or not written:
         return compiled(*args, **kwargs)
     if None in written.values():
@@ -102,6 +105,18 @@ def called(model: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs:
 
     ready(cache, written, tokens.shape[0], tokens.shape[1])
     return compiled(*args, **kwargs)
+
+
+@functools.lru_cache(maxsize=16)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _tokens(given: dict[str, Any]) -> Tensor | None:
+    """The new tokens of a call, ``[B, S, ...]``: not a mask, which is as long as the sequence."""
+    named = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+    others = (t for name, t in given.items() if "mask" not in name and "position" not in name)
+    return next((t for t in (*named, *others) if isinstance(t, Tensor) and t.ndim > 1), None)
 
 
 def _made_by_default(model: nn.Module, given: dict[str, Any]) -> Any:
