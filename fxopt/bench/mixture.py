@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,49 +35,63 @@ CAPACITY = 0.125
 STEPS = 16
 
 
-def run(*, device: str = "cpu", quick: bool = False) -> Result:
+PARTS = ("forward", "forward and backward", "decoding")
+
+
+def run(*, device: str = "cpu", quick: bool = False, parts: Sequence[str] = PARTS) -> Result:
     """12 layers of width 768 on 2048 tokens, an eighth of them in every second layer. The head is left out."""
     layers, width, tokens, rounds = (4, 256, 256, 3) if quick else (12, 768, 2048, 5)
     model: Any = llama(layers, width, heads=width // 64, kv_heads=width // 64 // 4 or 1, vocab_size=1000)
     dense = model.model.to(device).train()
-    plain, exact = copy.deepcopy(dense).eval(), copy.deepcopy(dense)
-    technique = MixtureOfDepths(capacity=CAPACITY)
-    routed = technique(copy.deepcopy(dense))
     ids = torch.randint(0, 1000, (1, tokens), device=device, generator=torch.Generator(device).manual_seed(0))
-    share = _operations(routed, ids) / _operations(dense, ids)
-    references = [Peer("eager", lambda: None, functools.partial(_forward, m.forward, ids)) for m in (dense, routed)]
-    dense.compile(backend="inductor")
-    fxopt_compile(exact)
-    fxopt_compile(routed, strict=True)
     result = Result(
         "mixture_of_depths",
         f"fxopt bench depth --technique mixture_of_depths{' --quick' if quick else ''} --device {device}",
         environment(device),
     )
     with progress_bar("mixture of depths", 4 * rounds) as step:
-        for case, call in (("forward", _forward), ("forward and backward", _step)):
-            peers = [
-                Peer(name, functools.partial(call, model, ids), functools.partial(_forward, model, ids))
-                for name, model in zip(PEERS, (dense, exact, routed), strict=True)
-            ]
+        plain = copy.deepcopy(dense).eval()
+        both = (("forward", _forward), ("forward and backward", _step))
+        cases = [(case, call) for case, call in both if case in parts]
+        if cases:
+            _train(dense, ids, cases, rounds, device, step, result)
+        if "decoding" in parts:
+            result.rows += _decode(plain, ids[:, : tokens // 4], 2 * rounds, device, step, result)
+    return result
+
+
+def _train(
+    dense: Any, ids: torch.Tensor, cases: Sequence[tuple[str, Callable[..., Any]]], rounds: int, device: str,
+    progress: Callable[[], None], result: Result,
+) -> None:  # fmt: skip
+    technique = MixtureOfDepths(capacity=CAPACITY)
+    exact, routed = copy.deepcopy(dense), technique(copy.deepcopy(dense))
+    share = _operations(routed, ids) / _operations(dense, ids)
+    references = [Peer("eager", lambda: None, functools.partial(_forward, m.forward, ids)) for m in (dense, routed)]
+    dense.compile(backend="inductor")
+    fxopt_compile(exact)
+    fxopt_compile(routed, strict=True)
+    result.remarks.append(
+        f"{technique}: {len(routers(routed))} of {len(dense.layers)} layers routed, width {dense.config.hidden_size}, "
+        f"without the head; goal: {GOAL} times dense under Inductor; {1 / share:.2f} by the operations that are left"
+    )
+    for case, call in cases:
+        peers = [
+            Peer(name, functools.partial(call, model, ids), functools.partial(_forward, model, ids))
+            for name, model in zip(PEERS, (dense, exact, routed), strict=True)
+        ]
+        if call is _forward:
             check_equal([references[0], *peers[:2]], tolerance=1e-4)
             check_equal([references[1], peers[2]], tolerance=1e-4)
-            rows = measure(f"{case} {tokens}", peers, rounds=rounds, device=device, progress=step)
-            best = min(rows[0].median, rows[1].median)
-            rows[2].bound = best * share
-            rows[2].note = (
-                f"{rows[0].median / rows[2].median:.2f} times dense under Inductor, {best / rows[2].median:.2f} times "
-                "the faster dense one"
-            )
-            result.rows += rows
-            result.remarks += [f"{case}, {p.name}: {_parts(p.call, device)}" for p in peers]
-        result.rows += _decode(plain, ids[:, : tokens // 4], 2 * rounds, device, step, result)
-    result.remarks.insert(
-        0,
-        f"{technique}: {len(technique.routed(layers))} of {layers} layers routed, width {width}, without the head; "
-        f"goal: {GOAL} times dense under Inductor; {1 / share:.2f} by the operations that are left",
-    )
-    return result
+        rows = measure(f"{case} {ids.shape[1]}", peers, rounds=rounds, device=device, progress=progress)
+        best = min(rows[0].median, rows[1].median)
+        rows[2].bound = best * share
+        rows[2].note = (
+            f"{rows[0].median / rows[2].median:.2f} times dense under Inductor, {best / rows[2].median:.2f} times "
+            "the faster dense one"
+        )
+        result.rows += rows
+        result.remarks += [f"{case}, {p.name}: {_shares(p.call, device)}" for p in peers]
 
 
 def _forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -100,7 +114,7 @@ def _operations(model: nn.Module, ids: torch.Tensor) -> float:
     return sum(counts.values()) - batched / 2
 
 
-def _parts(call: Callable[[], Any], device: str) -> str:
+def _shares(call: Callable[[], Any], device: str) -> str:
     """Milliseconds of products, of attention, and of everything else, in one profiled call."""
     from torch.profiler import ProfilerActivity, profile
 
