@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
 import pytest
 import torch
 
-from fxopt.bench import kept, load_suite
-from fxopt.bench.harness import Peer, Result, check_equal, environment, measure, quartiles
+from fxopt.bench import context, kept, load_suite
+from fxopt.bench.harness import Peer, Result, Row, check_equal, environment, measure, quartiles
+from fxopt.bench.models import llama
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -55,6 +57,57 @@ def test_result_files(tmp_path):
     pytest.importorskip("matplotlib")
     result.plot(tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def contexts():
+    """A result as the context suite makes it."""
+    rows = [
+        Row(f"{length} positions", peer, seconds, seconds * 0.9, seconds * 1.2, bound=0.001, note=note)
+        for length, factor in ((1024, 1), (2048, 2))
+        for peer, seconds, note in (
+            ("HF eager", 0.01 * factor, ""), ("fxopt, exact", 0.004 * factor, "48 identical tokens"),
+            ("fxopt, sink and window", 0.002, f"KL 0.0{factor}0"),
+        )
+    ]  # fmt: skip
+    return Result("context", "fxopt bench context", environment("cpu"), rows)
+
+
+def test_tokens_per_second_against_context(tmp_path):
+    result = contexts()
+    text = context.lines(result.to_dict())
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert lines["HF eager"].split()[2:] == ["100", "50"]
+    assert "250      125  48 identical tokens" in lines["fxopt, exact"]
+    assert lines["fxopt, sink and window"].endswith("500      500  KL 0.010, KL 0.020")
+    assert lines["(read bandwidth)"].split()[2:] == ["1,000", "1,000"]
+    inductor = dataclasses.replace(result.rows[0], peer="inductor", median=0.008)
+    assert context.remark(1024, [*result.rows[:2], inductor]) == "1024 positions: exact 2.00x inductor"
+    pytest.importorskip("matplotlib")
+    context.picture(result.to_dict(), tmp_path / "contexts.png")
+    assert (tmp_path / "contexts.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("start", [20, 24])
+def test_a_continued_cache_gives_the_logits_of_one_forward(start):
+    model = llama(layers=2, width=32, heads=4, kv_heads=2, vocab_size=64)
+    ids = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        text = context.Continued(model, context.prefilled(model, ids[:, :20], 32), 32)
+        text.forced(ids[:, 20:])
+        expected = model(ids).logits[0]
+        torch.testing.assert_close(text.forced(ids[:, start:]), expected[start:], atol=1e-5, rtol=1e-5)
+        assert context.divergence(expected, expected) == 0
+        written = text.greedy(ids[:, 25:26], 6)[0]  # as if the text went on with it after 26 positions
+        row = torch.cat((ids[0, :26], ids[0, 25:26], written))
+        assert written.tolist() == model(row[None]).logits[0, 26:-1].argmax(-1).tolist()
+
+
+@pytest.mark.slow
+def test_context_suite_quick(eager_lowering):
+    result = load_suite("context")(quick=True)
+    assert len(result.rows) == 10
+    assert result.rows[2].note == "48 identical tokens"
+    assert 0 < float(result.rows[4].note.split()[1]) < 0.5
 
 
 @pytest.mark.slow
