@@ -110,7 +110,10 @@ class State:
         if start is not None:
             from safetensors.torch import load_model
 
-            load_model(self.model, start / "model.safetensors")
+            try:
+                load_model(self.model, start / "model.safetensors")
+            except RuntimeError as error:
+                raise ValueError(f"the weights in {start} are not of the shape of this recipe ({error})") from error
         named = dict(self.model.named_parameters())
         matrices = [n for n, p in named.items() if p.dim() == 2 and "layers" in n]
         self.rest = [p for n, p in named.items() if n not in matrices]
@@ -196,6 +199,8 @@ def train(
     interruption (SIGINT, SIGTERM, or `stop_after` steps) finishes the step and saves a checkpoint.
     """
     check_writable(out)
+    if start is not None:
+        check_start(start)
     state = State(recipe, out, limit, start)
     if resume:
         state.resume()
@@ -258,6 +263,15 @@ def check_writable(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise PermissionError(f"cannot write to {out}: {error}. Give another folder with --out") from error
+
+
+def check_start(start: Path) -> None:
+    """Raises FileNotFoundError when there is no model in `start` to go on from."""
+    missing = [name for name in ("model.safetensors", "tokenizer.json") if not (start / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{start} has no {' and no '.join(missing)}; give --start the folder of a trained model"
+        )
 
 
 def ship(model: Any, out: Path) -> None:

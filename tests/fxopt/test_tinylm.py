@@ -287,3 +287,12 @@ def test_a_folder_that_cannot_be_written(training, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PermissionError, match="--out"):
         training.check_writable(tmp_path / "file")
+
+
+def test_a_start_that_is_no_model_or_of_another_shape(training, small_corpus, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors and no tokenizer\.json; give --start"):
+        training.train(training.QUICK, tmp_path / "out", steps=1, start=tmp_path)
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(tinylm.FOLDER / name, tmp_path)
+    with pytest.raises(ValueError, match="not of the shape"):
+        training.train(training.QUICK, tmp_path / "out", steps=1, start=tmp_path)
