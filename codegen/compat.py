@@ -208,3 +208,26 @@ def compile_errors() -> tuple[type[Exception], ...]:
     from triton.errors import TritonError
 
     return (TritonError, KernelNotCompiled)
+
+
+def cpp_function(argument_types: Sequence[str], source: str) -> Any:
+    """The C++ function ``kernel`` of `source` as a Python function, built and cached as Inductor's own CPU kernels are.
+
+    ``argument_types``: ``"const float*"`` (the argument is a tensor of that dtype), ``"int64_t"`` or ``"float"``.
+    Raises :class:`KernelNotCompiled` where there is no compiler or it refuses.
+    """
+    from inspect import signature
+
+    from torch._inductor import config, exc
+    from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
+
+    # Unfused, a multiply-add costs two instructions (Inductor wants to agree with eager bit for bit). The rest saves
+    # looking for vector instructions by compiling torch's headers, which the source does not include.
+    wanted = {"cpp.enable_floating_point_contract_flag": "fast", "cpp_cache_precompile_headers": False}
+    takes_need = "needs_vec_isa" in signature(Cache.load_pybinding_async).parameters
+    options = {"needs_vec_isa": False} if takes_need else {}
+    try:
+        with config.patch({name: value for name, value in wanted.items() if name in config._config}):  # type: ignore[attr-defined]
+            return Cache.load_pybinding(list(argument_types), source, **options)
+    except (exc.CppCompileError, exc.InvalidCxxCompiler, OSError, ImportError) as problem:
+        raise KernelNotCompiled(str(problem)) from problem

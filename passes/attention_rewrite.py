@@ -12,9 +12,12 @@ from torch import fx
 from torch.nn import functional as F
 
 import fxopt.codegen.ops.attention  # noqa: F401  (registers the operator)
+from fxopt.codegen.kernels import cpu_attention
 from fxopt.passes.attention import AttentionSite
 from fxopt.passes.context import PassContext
 from fxopt.passes.nodes import name_of, value_of
+from fxopt.passes.provenance import module_path, origin_ids
+from fxopt.passes.record import KernelRecord
 from fxopt.passes.rewriter import Rewriter
 
 
@@ -119,8 +122,26 @@ def attend(site: AttentionSite, context: PassContext, mask: fx.Node | None, exte
     given = {name: value for name, value in options.items() if value is not None}
     inputs = (site.query, site.key, site.value)
     new = context.rewriter.call(torch.ops.fxopt.attention.default, inputs, given, like=site.output, before=site.output)
+    _record_kernel(site, new, context)
     replace_output(site, new, context.rewriter)
     return new
+
+
+def _record_kernel(site: AttentionSite, new: fx.Node, context: PassContext) -> None:
+    """Say which generated kernel the operator calls on a CPU; one entry for all places that share it."""
+    query, key, value = (value_of(node) for node in (site.query, site.key, site.value))
+    if site.device.type != "cpu" or not isinstance(site.tokens, int):
+        return
+    variant = cpu_attention.chosen(query, key, value, is_causal=site.is_causal, soft_cap=site.soft_cap)
+    if variant is None:
+        return
+    kernel = next((k for k in context.record.kernels if k.name == variant.name), None)
+    if kernel is None:
+        configuration = {"tile": variant.tile, "block": variant.block, "split": cpu_attention.SPLIT}
+        kernel = KernelRecord(variant.name, "cpu_attention", (), (), cpu_attention.source(variant), configuration)
+        context.kernel(kernel)
+    kernel.nodes = tuple(sorted({*kernel.nodes, *origin_ids(new)}))
+    kernel.modules = tuple(dict.fromkeys((*kernel.modules, module_path(new))))
 
 
 def library_attention(site: AttentionSite, context: PassContext, *, is_causal: bool) -> fx.Node:

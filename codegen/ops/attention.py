@@ -13,6 +13,9 @@
 A row with nothing unmasked is zero, as in ``scaled_dot_product_attention``. ``extent`` (0-d int64) is a promise: at and
 beyond that position every key is masked in every row that has anything unmasked, so nobody needs to read it.
 :func:`read_extent` derives it from a mask.
+
+:func:`attention` is the meaning, and what runs wherever no kernel does. On a CPU a step of few new tokens runs in
+generated C++ (:mod:`fxopt.codegen.kernels.cpu_attention`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fxopt.codegen.kernels import cpu_attention
 from fxopt.codegen.ops import LIBRARY
 
 SCHEMA = (
@@ -59,6 +63,8 @@ def attention(
     batch, heads, tokens, _ = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     group = heads // kv_heads
+    if value.shape[2] != length:  # the library's kernel would read past the end
+        raise RuntimeError(f"fxopt.attention: {length} keys and {value.shape[2]} values; there must be as many.")
     # Reading a device's value here would stop the host in every layer; there the kernel reads it.
     if extent is not None and extent.device.type == "cpu":
         filled = max(1, min(int(extent.item()), length))
@@ -175,8 +181,33 @@ def _fake(
     return query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)
 
 
+def _on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    extent: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    soft_cap: float = 0.0,
+    window: int = 0,
+) -> Tensor:
+    """The generated C++ where it is the better way (few new tokens on a cache), else the body."""
+    out = cpu_attention.run(
+        query, key, value, mask, extent, sinks, scale=scale, is_causal=is_causal, soft_cap=soft_cap
+    )  # fmt: skip
+    if out is not None:
+        return out
+    return attention(
+        query, key, value, mask, extent, sinks, scale=scale, is_causal=is_causal, soft_cap=soft_cap, window=window
+    )
+
+
 LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("attention", attention, "CompositeExplicitAutograd")
+LIBRARY.impl("attention", _on_cpu, "CPU")
 torch.library.register_fake("fxopt::attention", _fake, lib=LIBRARY)
 
 
