@@ -81,6 +81,16 @@ def attention_decode(size: int) -> Cost:
     return Cost(4 * B * H * L * D, size * (2 * B * G * L * D + 2 * B * H * D))
 
 
+def attention_chosen(size: int, kept: float, state: float) -> Cost:
+    """One new token per sequence against `kept` chosen ones of L positions.
+
+    ``state``: elements that are read a position and key-value head to choose them; each query head's score of a
+    position takes a multiply-add for every one of them.
+    """
+    moved = 2 * B * G * kept * D + B * G * L * state + 2 * B * H * D
+    return Cost(4 * B * H * kept * D + 2 * B * H * L * state, size * moved)
+
+
 def attention_prefill(size: int, causal: bool = True) -> Cost:
     """S new tokens against themselves; a causal mask halves the products, not the bytes."""
     pairs = S * (S + 1) / 2 if causal else S * S

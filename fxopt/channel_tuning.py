@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxopt.passes.attention import AttentionSite
 from fxopt.passes.modules import module_stacks
-from fxopt.passes.sparse_attention import SparseAttention, calibration
+from fxopt.passes.sparse_attention import SparseAttention, calibration, double_sparsity
 from fxopt.passes.technique import SettingError, Technique
 from fxopt.recipe import Recipe, fingerprint
 
@@ -45,7 +45,7 @@ class ChannelStatistics:
         dense = set(dense_paths(model, self.technique))
         for path, sums in self.sums.items():
             if not any(path == d or path.startswith(f"{d}.") for d in dense):
-                count = wanted if isinstance(wanted, int) else max(2, sums.shape[1] // 32 * 2)
+                count = wanted if isinstance(wanted, int) else double_sparsity.default_channels(sums.shape[1])
                 paths[path] = replace(self.technique, layers=None, channels=calibration.heaviest(sums, count))
         data = {PREFIX + path: sums for path, sums in self.sums.items()}
         return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": windows})
@@ -85,7 +85,7 @@ def from_lists(
             f"this {type(model).__name__} has {have} layers of {heads} KV heads with {width}. Calibrate it with "
             "fxopt.tune."
         )
-    count = technique.channels if isinstance(technique.channels, int) else max(2, width // 32 * 2)
+    count = technique.channels if isinstance(technique.channels, int) else double_sparsity.default_channels(width)
     names = {id(module): name for name, module in model.named_modules()}
     paths: dict[str, Technique] = {}
     for layer in range(calibration.DENSE_LAYERS, len(layers)):

@@ -139,17 +139,22 @@ def tune(
     only: Annotated[str, typer.Option(help="What to tune, as for --set; early_exit wants a goal.")] = "async_softmax",
     output: Annotated[pathlib.Path, typer.Option(help="The recipe to write.")] = pathlib.Path("recipe.safetensors"),
     limit: Annotated[int, typer.Option(help="Tokens of the text to read.")] = 8192,
-    goal: Annotated[str | None, typer.Option(help="For early_exit: agreement=0.97.")] = None,
+    goal: Annotated[str | None, typer.Option(help="early_exit: agreement=0.97; sparse_attention: 'kl<0.01'.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
 ) -> None:
     from fxopt.evaluation import load_model as load_scored
+    from fxopt.sparse_tuning import report_lines
     from fxopt.tinylm import HELDOUT
     from fxopt.tuning import tune as calibrate
 
     try:
         watched, tokenizer = load_scored(model or "tinylm")
+        if only.strip() == "sparse_attention" and goal is not None:
+            only = 'sparse_attention={"budget": 1.0}'  # method and budget are what is sought
         recipe = calibrate(
-            watched, data or HELDOUT, *techniques_of([only]), goal=goal, tokenizer=tokenizer, limit=limit
-        )
+            watched, data or HELDOUT, *techniques_of([only]), goal=goal, tokenizer=tokenizer, limit=limit,
+            context=context,
+        )  # fmt: skip
         path = recipe.save(output)
     except (SettingError, OSError, ValueError, TypeError, ImportError) as error:
         fail(str(error))
@@ -157,6 +162,8 @@ def tune(
         print(f"{module:<40} {technique}")
     for technique in recipe.techniques:
         print(technique)
+    for line in report_lines(recipe):
+        print(line)
     print(f"written: {path}")
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from fxopt import exit_tuning, scoring
+from fxopt import exit_tuning, scoring, sparse_tuning
 from fxopt.channel_tuning import ChannelStatistics
 from fxopt.passes.async_softmax import AsyncSoftmax
 from fxopt.passes.attention import AttentionSite, find_attentions
@@ -53,7 +53,8 @@ def tune(
     """Calibrate `techniques` (default: ``AsyncSoftmax()``) on a text; returns the recipe to hand to ``fxopt.compile``.
 
     Args:
-        goal: for one ``EarlyExit``, ``"agreement=0.97"``: its threshold is solved, the one it has is not used.
+        goal: for one ``EarlyExit``, ``"agreement=0.97"``: its threshold is solved, the one it has is not used. For one
+            ``SparseAttention``, ``"kl<0.01"``: method and budget of each layer are found, those it has are not used.
         data: a text, a path to one, or token ids.
         tokenizer: found by the model's name or path when not given.
         context, limit: tokens of a window, and tokens to read in all.
@@ -68,8 +69,12 @@ def tune(
     asked = techniques or (AsyncSoftmax(),)
     exits = asked[0] if len(asked) == 1 and isinstance(asked[0], EarlyExit) else None
     agreement = exit_tuning.wanted_agreement(goal) if exits is not None else None
-    if goal is not None and exits is None:
-        raise SettingError(f"tune(goal={goal!r}): a goal is for one EarlyExit; for AsyncSoftmax leave it out.")
+    sparse = asked[0] if goal is not None and len(asked) == 1 and isinstance(asked[0], SparseAttention) else None
+    kl = sparse_tuning.wanted_divergence(goal) if sparse is not None else None
+    if goal is not None and exits is None and sparse is None:
+        raise SettingError(
+            f"tune(goal={goal!r}): a goal is for one EarlyExit or one SparseAttention; for AsyncSoftmax leave it out."
+        )
     for technique in asked:
         if exits is None and not isinstance(technique, (AsyncSoftmax, SparseAttention)):
             raise SettingError(
@@ -85,6 +90,8 @@ def tune(
     windows = scoring.windows(tokenizer, text, context, whole=True)[: max(1, limit // context)]
     if exits is not None and agreement is not None:
         return exit_tuning.solve(model, windows, exits, agreement, show=show)
+    if sparse is not None and kl is not None:
+        return sparse_tuning.solve(model, windows, sparse, kl, show=show)
     statistics = _statistics(asked[0])
     done = _resume(model, checkpoint, statistics)
     device = next(model.parameters()).device
@@ -124,9 +131,7 @@ def observed(model: nn.Module, look: Callable[..., None]) -> Callable[..., Any]:
 
 
 class _Watch(fx.Interpreter):
-    def __init__(
-        self, gm: fx.GraphModule, sites: dict[fx.Node, AttentionSite], look: Callable[..., None]
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, sites: dict[fx.Node, AttentionSite], look: Callable[..., None]) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.sites = sites
         self.look = look

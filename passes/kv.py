@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxopt.passes.attention import AttentionSite
-from fxopt.passes.nodes import name_of
+from fxopt.passes.nodes import argument, name_of, value_of
 from fxopt.passes.rewriter import is_view, writes_in_place
 
 _PURE = (operator.and_, operator.or_, operator.not_, operator.is_)
@@ -82,6 +82,24 @@ def cache_of(site: AttentionSite) -> CacheFacts:
     if name_of(key) == "cat" and name_of(value) == "cat":
         return CacheFacts("dynamic", key, value)
     return CacheFacts("none", key, value)
+
+
+def grown_from(keys: fx.Node) -> tuple[fx.Node, int] | None:
+    """The input that a growing cache was before this step, and by how many positions it grew; None for others.
+
+    What is sought is ``cat((input, new), 2)`` [B, Hkv, S, D] that the graph gives back.
+    """
+    if name_of(keys) != "cat":
+        return None
+    parts, dim = argument(keys, 0, "tensors", ()), argument(keys, 1, "dim", 0)
+    if not isinstance(parts, (tuple, list)) or len(parts) != 2 or dim not in (2, -2):
+        return None
+    before, new = parts
+    if not isinstance(before, fx.Node) or before.op != "placeholder" or value_of(keys).ndim != 4:
+        return None
+    added = value_of(new).shape[2]
+    given_back = any(user.op == "output" for user in keys.users)
+    return (before, added) if given_back and isinstance(added, int) else None
 
 
 def _has_roll(write: fx.Node) -> bool:

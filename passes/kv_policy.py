@@ -62,6 +62,10 @@ PAIRS: dict[frozenset[str], str] = {
         "mixture of depths keeps fewer cache rows in its layers than tokens were seen, and an exit that propagates "
         "writes one for every token"
     ),
+    frozenset(("sparse_attention", "mixture_of_depths")): (
+        "the cache of a routed layer holds fewer rows than tokens were seen and is attended to where no pass looks, so "
+        "that sparse attention would act in some layers and not in others"
+    ),
 }
 """Two techniques whose caches cannot both be kept right in one graph."""
 

@@ -1,43 +1,37 @@
 """Decode attention on chosen positions: what is not chosen is not read.
 
-    window_positions(key, mask, *, sinks, tokens, share) -> index          [B or 1, K]: sinks and the newest positions
-    gathered_attention(query, key, value, index, mask, extent, sinks, *, scale, soft_cap, min_length, block) -> out
+    window_positions(key, mask, *, sinks, tokens, counts) -> index       [B or 1, (Hkv,) K]: sinks and newest positions
+    gathered_attention(query, key, value, index, valid, mask, extent, sinks, *, scale, soft_cap, min_length, block,
+                       dense_heads) -> out
 
 query [B, Hq, 1, D], key [B, Hkv, S, D], value [B, Hkv, S, DV], out [B, Hq, 1, DV]. ``index`` lists positions, or blocks
 of `block` positions, for all heads [B or 1, K] or for each KV head [B or 1, Hkv, K]. K is fixed by the shapes; a row
-that sees fewer has its list padded with -1. ``mask`` and ``extent`` are those of the dense form, applied to what is
-listed; ``sinks`` are the logits some models add to the sum, as in ``fxopt.attention``.
+that sees fewer has its list padded with -1. ``valid`` [B or 1, Hkv]: so many entries of each list, its first ones, are
+no padding. ``mask`` and ``extent`` are those of the dense form, applied to what is listed; ``sinks`` are the logits
+some models add to the sum, as in ``fxopt.attention``.
 """
 
 from __future__ import annotations
 
-from fractions import Fraction
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+import fxopt.codegen.ops.attention  # noqa: F401  (registers the dense operator)
 from fxopt.codegen.ops import LIBRARY
-from fxopt.codegen.ops.attention import attention, pack_mask
+from fxopt.codegen.ops.sparse_gather import attend_to, filled_length
 
+DENSE = torch.ops.fxopt.attention.default
+"""The operator, not its body: it has a kernel of its own on a CPU."""
 POSITIONS_SCHEMA = (
-    "window_positions(Tensor key, Tensor? mask=None, *, int sinks, int tokens=0, float share=0.0) -> Tensor"
+    "window_positions(Tensor key, Tensor? mask=None, *, int sinks, SymInt tokens=0, SymInt[] counts=[]) -> Tensor"
 )
 ATTENTION_SCHEMA = (
-    "gathered_attention(Tensor query, Tensor key, Tensor value, Tensor index, Tensor? mask=None, Tensor? extent=None, "
-    "Tensor? sinks=None, *, float scale, float soft_cap=0.0, int min_length=0, int block=1) -> Tensor"
+    "gathered_attention(Tensor query, Tensor key, Tensor value, Tensor index, Tensor? valid=None, Tensor? mask=None, "
+    "Tensor? extent=None, Tensor? sinks=None, *, float scale, float soft_cap=0.0, int min_length=0, int block=1, "
+    "int[] dense_heads=[]) -> Tensor"
 )
-
-
-def budget_tokens(length: int, sinks: int, tokens: int, share: float) -> int:
-    """K: `tokens`, or that share of `length` rounded up, and at least the sinks and one more.
-
-    ``length`` is the size of the cache's tensor and may be symbolic, so that K is fixed wherever the cache is.
-    """
-    if tokens:
-        return tokens
-    exact = Fraction(share).limit_denominator(1 << 16)
-    wanted = -((-length * exact.numerator) // exact.denominator)
-    return torch.sym_max(wanted, sinks + 1)
 
 
 def visible_positions(mask: Tensor) -> Tensor:
@@ -48,80 +42,38 @@ def visible_positions(mask: Tensor) -> Tensor:
 
 
 def window_positions(
-    key: Tensor, mask: Tensor | None = None, *, sinks: int, tokens: int = 0, share: float = 0.0
+    key: Tensor,
+    mask: Tensor | None = None,
+    *,
+    sinks: int,
+    tokens: int = 0,
+    counts: Sequence[int] = (),
 ) -> Tensor:
-    """The first `sinks` and the last ``K - sinks`` visible positions of every row, ascending, padded with -1.
+    """The first `sinks` and the last ``tokens - sinks`` visible positions of every row, ascending, padded with -1.
 
-    ``key: [B, Hkv, S, D]`` gives S alone. Positions are counted among those a row can see, so that padding does not
-    use up its budget. StreamingLLM (arXiv 2309.17453), with positions left as they are in the cache.
+    ``key: [B, Hkv, S, D]`` gives S alone; K is `tokens`. Positions are counted among those a row can see, so that
+    padding does not use up its budget. ``counts``: instead of one, the tokens of each KV head; the result is then
+    [B or 1, Hkv, K] with the largest of them. StreamingLLM (arXiv 2309.17453), positions as they are in the cache.
     """
     length = key.shape[2]
-    count = budget_tokens(length, sinks, tokens, share)
-    step = torch.arange(count, device=key.device)
-    if mask is None:
-        rank = torch.where(step < sinks, step, max(length - count, 0) + step)
-        return torch.where(rank < length, rank, -1)[None]
-    rank = visible_positions(mask).cumsum(-1)  # [B, S], 1 at the first visible position
+    rank = None if mask is None else visible_positions(mask).cumsum(-1).contiguous()
+    if not counts:
+        return _window(rank, length, tokens, sinks, key.device)
+    most = max(counts)
+    lists = {count: _window(rank, length, count, sinks, key.device) for count in set(counts)}
+    padded = [torch.nn.functional.pad(lists[c], (0, most - c), value=-1) for c in counts]
+    return torch.stack(padded, 1)
+
+
+def _window(rank: Tensor | None, length: int, count: int, sinks: int, device: torch.device) -> Tensor:
+    """[B or 1, count]; ``rank: [B or 1, S]`` counts the visible positions up to each, 1 at the first; None: all are."""
+    step = torch.arange(count, device=device)
+    if rank is None:
+        place = torch.where(step < sinks, step, max(length - count, 0) + step)
+        return torch.where(place < length, place, -1)[None]
     total = rank[:, -1:]
     wanted = torch.where(step < sinks, step, (total - count).clamp(min=0) + step) + 1  # [B, K]
-    index = torch.searchsorted(rank.contiguous(), wanted.contiguous())
-    return torch.where(wanted <= total, index, -1)
-
-
-def take_positions(tensor: Tensor, index: Tensor, block: int = 1) -> Tensor:
-    """[B, H, K * block, D] of [B, H, S, D] at ``index: [B or 1, H or 1, K]``, which lists blocks and no -1.
-
-    What a last block lists beyond S is not to be used.
-    """
-    batch, heads, length, width = tensor.shape
-    if block > 1 and (length % block or not tensor.is_contiguous()):
-        positions = index[..., None] * block + torch.arange(block, device=index.device)
-        index, block = positions.flatten(2).clamp(max=length - 1), 1
-    if not tensor.is_contiguous():
-        return tensor.gather(2, index[..., None].expand(batch, heads, -1, width))
-    # Whole rows are copied this way; a gather over [.., D] would move them element by element.
-    rows = length // block
-    first = torch.arange(0, batch * heads * rows, rows, device=index.device).view(batch, heads, 1)
-    chosen = tensor.view(-1, block * width).index_select(0, (first + index).view(-1))
-    return chosen.view(batch, heads, -1, width)
-
-
-def attend_to(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tensor | None, sinks: Tensor | None,
-    scale: float, soft_cap: float, block: int = 1,
-) -> Tensor:  # fmt: skip
-    """Attention on the blocks ``index: [B or 1, Hkv or 1, K]`` (-1: none) of the cache."""
-    kv_heads, group, length = key.shape[1], query.shape[1] // key.shape[1], key.shape[2]
-    listed, index = index >= 0, index.clamp(min=0)
-    positions = index
-    if block > 1:
-        positions = (index[..., None] * block + torch.arange(block, device=index.device)).flatten(2)
-        listed = listed.repeat_interleave(block, -1) & (positions < length)
-        positions = positions.clamp(max=length - 1)
-    chosen: Tensor | None = listed[:, :, None]  # [B, Hkv, 1, K]
-    if mask is not None:
-        mask = pack_mask(mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)), kv_heads, group, 1)
-        assert mask is not None
-        lead = torch.broadcast_shapes(mask.shape[:3], positions[:, :, None].shape[:3])
-        at = positions[:, :, None].expand(*lead, -1)
-        mask = mask.expand(*lead, -1).gather(-1, at)
-        chosen = mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))  # type: ignore[operator]
-    if chosen is not None and chosen.dtype == torch.bool and chosen.device.type == "cpu" and bool(chosen.all()):
-        chosen = None
-    if chosen is not None and (chosen.shape[1] > 1 or chosen.shape[2] > 1):
-        # From [B, Hkv, G, K] back to one row for each query head.
-        chosen = chosen.expand(-1, kv_heads, group, -1).flatten(1, 2)[:, :, None]
-    return attention(
-        query, take_positions(key, index, block), take_positions(value, index, block), chosen, None, sinks,
-        scale=scale, soft_cap=soft_cap,
-    )  # fmt: skip
-
-
-def filled_length(length: int, extent: Tensor | None) -> int:
-    """How many leading positions are in use, where the host can know without waiting; else the cache's size."""
-    if extent is None or extent.device.type != "cpu":
-        return length
-    return max(1, min(int(extent.item()), length))
+    return torch.where(wanted <= total, torch.searchsorted(rank, wanted.contiguous()), -1)
 
 
 def gathered_attention(
@@ -129,6 +81,7 @@ def gathered_attention(
     key: Tensor,
     value: Tensor,
     index: Tensor,
+    valid: Tensor | None = None,
     mask: Tensor | None = None,
     extent: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -137,24 +90,64 @@ def gathered_attention(
     soft_cap: float = 0.0,
     min_length: int = 0,
     block: int = 1,
+    dense_heads: Sequence[int] = (),
 ) -> Tensor:
     """The operator's body. ``index: [B or 1, K]`` or ``[B or 1, Hkv, K]``, padded with -1.
 
     Dense where the cache has at most K positions in use, all of which are then listed, and on the CPU below
-    `min_length`. The result lies in memory as [B, 1, Hq, DV].
+    `min_length`; the KV heads `dense_heads` read everything in any case. The result lies in memory as [B, 1, Hq, DV].
     """
     filled = filled_length(key.shape[2], extent)
     if filled <= index.shape[-1] * block or filled < min_length:
-        return attention(query, key, value, mask, extent, sinks, scale=scale, soft_cap=soft_cap)
+        return DENSE(query, key, value, mask, extent, sinks, scale=scale, soft_cap=soft_cap)
     index = index[:, None] if index.ndim == 2 else index
-    return attend_to(query, key, value, index, mask, sinks, scale, soft_cap, block)
+    if not dense_heads:
+        return attend_to(query, key, value, index, valid, mask, filled, sinks, scale, soft_cap, block)
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    out = query.new_empty(query.shape[0], 1, query.shape[1], value.shape[3]).transpose(1, 2)
+    for first, last, dense in _runs(kv_heads, dense_heads):
+        # Views of neighbouring heads: a list of heads would copy the cache.
+        part, own = slice(first, last), slice(first * group, last * group)
+        some_mask = mask[:, own] if mask is not None and mask.ndim == 4 and mask.shape[1] > 1 else mask
+        some_sinks = None if sinks is None else sinks[own]
+        q, k, v = query[:, own], key[:, part], value[:, part]
+        if dense:
+            found = DENSE(q, k, v, some_mask, extent, some_sinks, scale=scale, soft_cap=soft_cap)
+        else:
+            some_index = index if index.shape[1] == 1 else index[:, part]
+            some_valid = valid if valid is None or valid.ndim == 1 else valid[:, part]
+            found = attend_to(q, k, v, some_index, some_valid, some_mask, filled, some_sinks, scale, soft_cap, block)
+        out[:, own] = found
+    return out
+
+
+def _runs(count: int, chosen: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """Neighbouring heads that are all in `chosen` or all not: (first, end, in chosen)."""
+    runs: list[tuple[int, int, bool]] = []
+    for head in range(count):
+        inside = head in chosen
+        if runs and runs[-1][2] == inside:
+            runs[-1] = (runs[-1][0], head + 1, inside)
+        else:
+            runs.append((head, head + 1, inside))
+    return runs
 
 
 def _fake_positions(
-    key: Tensor, mask: Tensor | None = None, *, sinks: int, tokens: int = 0, share: float = 0.0
+    key: Tensor,
+    mask: Tensor | None = None,
+    *,
+    sinks: int,
+    tokens: int = 0,
+    counts: Sequence[int] = (),
 ) -> Tensor:
     rows = 1 if mask is None or mask.ndim < 4 else mask.shape[0]
-    return key.new_empty(rows, budget_tokens(key.shape[2], sinks, tokens, share), dtype=torch.int64)
+    if not counts:
+        return key.new_empty(rows, tokens, dtype=torch.int64)
+    most = counts[0]
+    for count in counts[1:]:
+        most = torch.sym_max(most, count)
+    return key.new_empty(rows, len(counts), most, dtype=torch.int64)
 
 
 def _fake_attention(
@@ -162,6 +155,7 @@ def _fake_attention(
     key: Tensor,
     value: Tensor,
     index: Tensor,
+    valid: Tensor | None = None,
     mask: Tensor | None = None,
     extent: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -170,6 +164,7 @@ def _fake_attention(
     soft_cap: float = 0.0,
     min_length: int = 0,
     block: int = 1,
+    dense_heads: Sequence[int] = (),
 ) -> Tensor:
     return fake_decode(query, key, value)
 

@@ -1,68 +1,28 @@
-"""What sparse attention keeps beside a cache, and how it chooses: page bounds, features of keys, device top-k.
+"""How sparse attention chooses: which blocks are read in any case, scores of the others, top-k; all on the device.
 
-    update_page_bounds(bounds!, filled!, key, extent, *, page, least)        bounds [B, Hkv, P, 2 D]: maximum, minimum
-    update_features(features!, filled!, key, extent, channels, *, least)     features [B, Hkv, C, S]: of the keys
     block_bias(key, mask, *, sinks, newest, block) -> bias                   [B or 1, N]: +inf kept, -inf hidden, 0 free
-    page_scores(query, bounds, extent, *, least) -> scores                   [B, Hkv, P]: upper bound of q . k in a page
-    feature_scores(query, features, extent, channels, *, least) -> scores    [B, Hkv, S]
-    choose(scores, bias, *, count) -> index                                  [B, Hkv, count], padded with -1
+    page_scores(query, bounds, extent, *, page, least) -> scores             [B, Hkv, P]: upper bound of q . k in a page
+    feature_scores(query, features, extent, channels, scales, *, least, bits) -> scores                    [B, Hkv, S']
+    choose(scores, bias, extent, *, count, block, least, counts, tau, scale) -> index, valid
+                                                              [B, Hkv, count], padded with -1, and [B, Hkv]
 
-query [B, Hq, 1, D], key [B, Hkv, S, D]; N blocks of `block` positions; P pages. ``extent``: filled positions, 0-d
-int64. ``filled``: 0-d int64, how many positions the state covers; the updates add the newest key where that is one
-short of `extent`, and derive everything from the keys wherever it is not. Up to `least` filled positions attention is
-dense, and nothing is read or written here.
+query [B, Hq, 1, D], key [B, Hkv, S, D]; N blocks of `block` positions. ``bounds`` and ``features`` are kept by the
+operators of :mod:`.sparse_state`, for P pages and S' positions, which may be more than the cache has. ``extent``:
+filled positions, 0-d int64. Up to `least` filled positions attention is dense, and nothing is read or written here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fxopt.codegen.kernels import cpu_gather
 from fxopt.codegen.ops import LIBRARY
-from fxopt.codegen.ops.sparse_attention import filled_length, visible_positions
-
-
-def update_page_bounds(
-    bounds: Tensor, filled: Tensor, key: Tensor, extent: Tensor | None = None, *, page: int, least: int = 0
-) -> None:
-    """Keep per page the maximum and the minimum of every channel (Quest, arXiv 2406.10774)."""
-    known, end = int(filled.item()), filled_length(key.shape[2], extent)
-    if end <= least:
-        return
-    width = key.shape[3]
-    top, bottom = bounds[..., :width], bounds[..., width:]
-    at = (end - 1) // page
-    if known == end - 1:
-        new = key[:, :, end - 1]
-        if (end - 1) % page == 0:
-            top[:, :, at], bottom[:, :, at] = new, new
-        else:
-            torch.maximum(top[:, :, at], new, out=top[:, :, at])
-            torch.minimum(bottom[:, :, at], new, out=bottom[:, :, at])
-    else:
-        whole = end // page
-        paged = key[:, :, : whole * page].unflatten(2, (whole, page))
-        top[:, :, :whole], bottom[:, :, :whole] = paged.amax(3), paged.amin(3)
-        if whole * page < end:
-            rest = key[:, :, whole * page : end]
-            top[:, :, whole], bottom[:, :, whole] = rest.amax(2), rest.amin(2)
-    filled.fill_(end)
-
-
-def update_features(
-    features: Tensor, filled: Tensor, key: Tensor, extent: Tensor | None = None, channels: Tensor | None = None, *,
-    least: int = 0,
-) -> None:  # fmt: skip
-    """Keep some channels of every key, or all of them, channel by channel; ``channels: [Hkv, C]``, None for all."""
-    known, end = int(filled.item()), filled_length(key.shape[2], extent)
-    if end <= least:
-        return
-    first = end - 1 if known == end - 1 else 0
-    new = key[:, :, first:end]  # [B, Hkv, n, D]
-    if channels is not None:
-        new = new.gather(3, channels[None, :, None].expand(*new.shape[:3], -1))
-    features[..., first:end] = new.transpose(2, 3)
-    filled.fill_(end)
+from fxopt.codegen.ops.sparse_attention import visible_positions
+from fxopt.codegen.ops.sparse_gather import filled_length
+from fxopt.codegen.ops.sparse_state import restored
 
 
 def block_bias(key: Tensor, mask: Tensor | None = None, *, sinks: int, newest: int, block: int) -> Tensor:
@@ -93,23 +53,33 @@ def page_scores(query: Tensor, bounds: Tensor, extent: Tensor | None = None, *, 
     One score a KV head: the maximum over the query heads that read it.
     """
     batch, kv_heads, pages, _ = bounds.shape
-    scores = torch.full((batch, kv_heads, pages), float("-inf"), dtype=torch.float32, device=query.device)
     end = filled_length(pages * page, extent)
-    if end <= least:
-        return scores
-    used = -(-end // page)
+    used = -(-end // page) if end > least else 0
+    found = cpu_gather.page_bounds(query, bounds, used) if query.device.type == "cpu" else None
+    if found is not None:
+        return found
+    scores = torch.full((batch, kv_heads, pages), float("-inf"), dtype=torch.float32, device=query.device)
     grouped = query.reshape(batch, kv_heads, -1, query.shape[3])
     signed = torch.cat((grouped.clamp(min=0), grouped.clamp(max=0)), -1)  # [B, Hkv, G, 2D]
-    reached = torch.matmul(bounds[:, :, :used], signed.transpose(2, 3))  # [B, Hkv, P, G]
-    scores[:, :, :used] = reached.amax(3)
+    # The few rows on the left: the library then reads the bounds once, in order.
+    if used:
+        scores[:, :, :used] = torch.matmul(signed, bounds[:, :, :used].to(signed.dtype).mT).amax(2)
     return scores
 
 
 def feature_scores(
-    query: Tensor, features: Tensor, extent: Tensor | None = None, channels: Tensor | None = None, *, least: int = 0
+    query: Tensor,
+    features: Tensor,
+    extent: Tensor | None = None,
+    channels: Tensor | None = None,
+    scales: Tensor | None = None,
+    *,
+    least: int = 0,
+    bits: int = 0,
 ) -> Tensor:
     """q . k on the stored channels alone, the maximum over the query heads of a KV head (Double Sparsity)."""
     batch, kv_heads, _, length = features.shape
+    length = length * 2 if bits == 4 else length
     scores = torch.full((batch, kv_heads, length), float("-inf"), dtype=torch.float32, device=query.device)
     end = filled_length(length, extent)
     if end <= least:
@@ -117,26 +87,62 @@ def feature_scores(
     grouped = query.reshape(batch, kv_heads, -1, query.shape[3])
     if channels is not None:
         grouped = grouped.gather(3, channels[None, :, None].expand(*grouped.shape[:3], -1))
-    reached = torch.matmul(grouped, features[..., :end])  # [B, Hkv, G, S]
-    scores[..., :end] = reached.amax(2)
+    for row in range(batch):
+        for head in range(kv_heads):  # what one head gives stays in the cache until it is reduced
+            listed = restored(features[row, head], None if scales is None else scales[row, head], end, bits)
+            reached = torch.mm(grouped[row, head], listed.to(query.dtype))  # [G, end]
+            scores[row, head, :end] = reached.amax(0)
     return scores
 
 
 def choose(
-    scores: Tensor, bias: Tensor, extent: Tensor | None = None, *, count: int, block: int = 1, least: int = 0
-) -> Tensor:
-    """The `count` blocks with the highest scores of each head, in no order; ``bias`` as :func:`block_bias` makes it."""
-    blocks = scores.shape[2]
+    scores: Tensor,
+    bias: Tensor,
+    extent: Tensor | None = None,
+    *,
+    count: int,
+    block: int = 1,
+    least: int = 0,
+    counts: Sequence[int] = (),
+    tau: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The `count` blocks with the highest scores of each head, in no order, and how many each list holds.
+
+    ``bias`` as :func:`block_bias` makes it. ``counts``: fewer than `count` for each KV head. ``tau``: of these the
+    fewest whose share of the softmax of ``scale * scores`` reaches tau (top-p, Twilight, arXiv 2502.02770); what is
+    read in any case counts first.
+    """
+    batch, kv_heads, _ = scores.shape
+    blocks = bias.shape[1]
     end = filled_length(blocks * block, extent)
     if end <= least:
-        return scores.new_full((*scores.shape[:2], count), -1, dtype=torch.int64)
-    used = max(-(-end // block), count)
-    top = torch.topk(scores[..., :used] + bias[:, None, :used], count, dim=-1, sorted=False)
-    return torch.where(top.values == float("-inf"), -1, top.indices)
+        nothing = scores.new_full((batch, kv_heads, count), -1, dtype=torch.int64)
+        return nothing, nothing.new_zeros(batch, kv_heads)
+    used = min(max(-(-end // block), count), blocks)
+    ranked = scores[..., :used] + bias[:, None, :used]
+    ordered = bool(counts) or tau > 0
+    top = torch.topk(ranked, min(count, used), dim=-1, sorted=ordered)
+    keep = top.values > float("-inf")
+    if counts:
+        step = torch.arange(keep.shape[-1], device=scores.device)
+        keep &= step < torch.tensor(counts, device=scores.device)[None, :, None]
+    if tau > 0:
+        # Blocks that are read in any case come first, in whatever order: each of them stays.
+        share = _shares(scores[..., :used], bias[:, None, :used], scale).gather(-1, top.indices)
+        keep &= (share.cumsum(-1) - share < tau) | (top.values == float("inf"))
+    valid = keep.sum(-1)
+    index = torch.where(keep, top.indices, -1)
+    if not ordered and int(valid.min()) < keep.shape[-1]:
+        index = index.gather(-1, keep.to(torch.int8).argsort(-1, descending=True, stable=True))
+    if index.shape[-1] < count:
+        index = torch.nn.functional.pad(index, (0, count - index.shape[-1]), value=-1)
+    return index, valid
 
 
-def _fake_update(*args: object, **kwargs: object) -> None:
-    return None
+def _shares(scores: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Softmax of ``scale * scores`` over what is visible."""
+    return torch.softmax((scores * scale).masked_fill(bias == float("-inf"), float("-inf")), -1).nan_to_num(0.0)
 
 
 def _fake_bias(key: Tensor, mask: Tensor | None = None, *, sinks: int, newest: int, block: int) -> Tensor:
@@ -152,34 +158,47 @@ def _fake_page_scores(
 
 
 def _fake_feature_scores(
-    query: Tensor, features: Tensor, extent: Tensor | None = None, channels: Tensor | None = None, *, least: int = 0
+    query: Tensor,
+    features: Tensor,
+    extent: Tensor | None = None,
+    channels: Tensor | None = None,
+    scales: Tensor | None = None,
+    *,
+    least: int = 0,
+    bits: int = 0,
 ) -> Tensor:
-    return query.new_empty((*features.shape[:2], features.shape[3]), dtype=torch.float32)
+    length = features.shape[3] * (2 if bits == 4 else 1)
+    return query.new_empty((*features.shape[:2], length), dtype=torch.float32)
 
 
 def _fake_choose(
-    scores: Tensor, bias: Tensor, extent: Tensor | None = None, *, count: int, block: int = 1, least: int = 0
-) -> Tensor:
-    torch._check(scores.shape[2] == bias.shape[1], lambda: f"{scores.shape[2]} scores and {bias.shape[1]} blocks")
-    return scores.new_empty((*scores.shape[:2], count), dtype=torch.int64)
+    scores: Tensor,
+    bias: Tensor,
+    extent: Tensor | None = None,
+    *,
+    count: int,
+    block: int = 1,
+    least: int = 0,
+    counts: Sequence[int] = (),
+    tau: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    index = scores.new_empty((*scores.shape[:2], count), dtype=torch.int64)
+    return index, scores.new_empty(scores.shape[:2], dtype=torch.int64)
 
 
 for _name, _schema, _body, _fake in (
-    ("update_page_bounds",
-     "(Tensor(a!) bounds, Tensor(b!) filled, Tensor key, Tensor? extent=None, *, int page, int least=0) -> ()",
-     update_page_bounds, _fake_update),
-    ("update_features",
-     "(Tensor(a!) features, Tensor(b!) filled, Tensor key, Tensor? extent=None, Tensor? channels=None, *, "
-     "int least=0) -> ()",
-     update_features, _fake_update),
     ("block_bias", "(Tensor key, Tensor? mask=None, *, int sinks, int newest, int block) -> Tensor",
      block_bias, _fake_bias),
-    ("page_scores", "(Tensor query, Tensor bounds, Tensor? extent=None, *, int page, int least=0) -> Tensor",
+    ("page_scores", "(Tensor query, Tensor bounds, Tensor? extent=None, *, int page, SymInt least=0) -> Tensor",
      page_scores, _fake_page_scores),
     ("feature_scores",
-     "(Tensor query, Tensor features, Tensor? extent=None, Tensor? channels=None, *, int least=0) -> Tensor",
+     "(Tensor query, Tensor features, Tensor? extent=None, Tensor? channels=None, Tensor? scales=None, *, "
+     "SymInt least=0, int bits=0) -> Tensor",
      feature_scores, _fake_feature_scores),
-    ("choose", "(Tensor scores, Tensor bias, Tensor? extent=None, *, SymInt count, int block=1, int least=0) -> Tensor",
+    ("choose",
+     "(Tensor scores, Tensor bias, Tensor? extent=None, *, SymInt count, int block=1, SymInt least=0, "
+     "SymInt[] counts=[], float tau=0.0, float scale=1.0) -> (Tensor, Tensor)",
      choose, _fake_choose),
 ):  # fmt: skip
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

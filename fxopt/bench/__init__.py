@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-SUITES = ("overhead", "depth", "attention", "decode_step", "context", "sparse", "recorder", "exit_quality")
+SUITES = (
+    "overhead", "depth", "attention", "decode_step", "context", "sparse", "sparse_quality", "recorder", "exit_quality",
+)  # fmt: skip
 
 
 def load_suite(name: str) -> Callable[..., Any]:

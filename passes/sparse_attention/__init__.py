@@ -12,20 +12,19 @@ Prompts, chunks and verification of several tokens stay dense. One file a method
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fxopt.passes import depth, state
+from fxopt.passes import depth, kv_policy, state
 from fxopt.passes.attention import AttentionSite, find_attentions
 from fxopt.passes.attention_rewrite import earliest, in_turn, records_gradients
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import base_of, cache_of, writes_to, written_between
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.nodes import same, value_of
-from fxopt.passes.sparse_attention import double_sparsity, own, pages, sink_window
+from fxopt.passes.sparse_attention import double_sparsity, own, pages, settings, sink_window
 from fxopt.passes.sparse_attention.reference import attach
 from fxopt.passes.technique import SettingError, Technique, nearest
 
@@ -45,11 +44,17 @@ class SparseAttention(Technique):
             the share of the cache's length (its capacity, for a static cache).
         sinks: first positions that are always read.
         window: for ``"sink_window"``, the newest positions that are read, instead of `budget`.
+        tau: of what `budget` allows, a head reads the fewest best tokens or pages that together hold this share of the
+            softmax of their approximate scores (top-p, Twilight, arXiv 2502.02770); None reads all of the budget.
         min_length: caches filled with fewer positions are read in full; None is the method's own choice.
         layers: 0-based indices of the layers it acts on, negative from the end; None is all.
+        heads: KV heads, negative from the end. A tuple of indices: it acts on these and the others read everything
+            (retrieval heads, DuoAttention, arXiv 2410.10819). A mapping ``{index: budget}``: these have a budget of
+            their own, 1.0 for everything, and the others that of the setting. None is all.
         select: instead of a method, a traced function ``(q, keys, state) -> scores or indices``, see :mod:`.own`.
         channels: for ``"double_sparsity"``, how many to calibrate (None: a sixteenth of a head's), or one tuple of
             channels for each KV head, as a recipe of ``fxopt.tune`` holds them.
+        bits: for ``"double_sparsity"``, 8 or 4: labels are quantised (int8, int4); None keeps the cache's dtype.
 
     Where the budget covers the filled cache the result is that of dense attention. Raises SettingError.
     """
@@ -67,26 +72,18 @@ class SparseAttention(Technique):
     heads: Any = None
     select: Any = None
     channels: int | tuple[tuple[int, ...], ...] | None = None
+    bits: int | None = None
 
     def __post_init__(self) -> None:
-        for name, why in (
-            ("tau", "choosing by kept attention mass"),
-            ("heads", "settings for single heads"),
-        ):
-            if getattr(self, name) is not None:
-                raise SettingError(
-                    f"SparseAttention({name}={getattr(self, name)!r}): {why} is not available in this version; leave "
-                    "it out."
-                )
         if self.method not in METHODS:
             raise SettingError(
                 f"SparseAttention(method={self.method!r}): allowed are {', '.join(map(repr, METHODS))}."
                 + nearest(self.method, METHODS)
             )
-        _check_budget(self.budget)
-        _check_count("sinks", self.sinks, 0)
-        _check_count("window", self.window, 1, optional=True)
-        _check_count("min_length", self.min_length, 0, optional=True)
+        settings.check_budget(self.budget)
+        settings.check_count("sinks", self.sinks, 0)
+        settings.check_count("window", self.window, 1, optional=True)
+        settings.check_count("min_length", self.min_length, 0, optional=True)
         if self.layers is not None:
             if not isinstance(self.layers, (tuple, list)) or not all(
                 isinstance(i, int) and not isinstance(i, bool) for i in self.layers
@@ -100,8 +97,15 @@ class SparseAttention(Technique):
         if isinstance(self.channels, (tuple, list)):
             nested = tuple(tuple(c) if isinstance(c, (tuple, list)) else c for c in self.channels)
             object.__setattr__(self, "channels", nested)
-        if self.channels is not None and self.method != "double_sparsity":
-            raise SettingError(f"SparseAttention(method={self.method!r}): channels belong to double_sparsity.")
+        object.__setattr__(self, "heads", settings.normal_heads(self.heads))
+        settings.check_tau(self)
+        for name in ("channels", "bits"):
+            if getattr(self, name) is not None and (self.method != "double_sparsity" or self.select is not None):
+                raise SettingError(f"SparseAttention(method={self.method!r}): {name} belongs to double_sparsity.")
+        if self.bits not in (None, 4, 8):
+            raise SettingError(
+                f"SparseAttention(bits={self.bits!r}): allowed are 8, 4, and None for the cache's dtype."
+            )
         self.chosen_by.check(self)
 
     @property
@@ -155,6 +159,13 @@ class SparseAttention(Technique):
         for difference in near:
             if context.covers(difference.node):
                 context.missed(difference.code, difference.node, difference.message)
+        clash = kv_policy.conflict(self.name, context.in_use)
+        if clash is not None:
+            raise SettingError(f"{self} together with {clash[0]!r}: {clash[1]}. Remove one of the two.")
+        if not sites and not near:
+            for stack in context.structure.stacks:
+                message = "no softmax attention over keys and values in these layers (linear attention, state space)"
+                context.blocked("FX208", stack.path, f"{message}: nothing to choose from")
         numbers = self._numbers(context) if self.layers is not None else {}
         shared: dict[Any, Any] = {}
         method = self.chosen_by
@@ -211,6 +222,10 @@ def _refusal(site: AttentionSite) -> tuple[str, str, str] | None:
     if cache.kind in ("none", "fixed"):
         where = "computed in this step" if cache.kind == "none" else "inputs that the step does not extend"
         return "missed", "FX208", f"keys and values are {where}; sparse attention reads a KV cache"
+    widths = value_of(site.key).shape[3], value_of(site.value).shape[3]
+    if not same(*widths):
+        what = "multi-head latent attention: only a part of a key's channels is rotated, and keys are expanded from one"
+        return "blocked", "FX208", f"keys of {widths[0]} and values of {widths[1]} channels, as in {what}"
     if site.is_causal:
         return "missed", "FX203", "is_causal with one token lets it see the first key alone"
     write = written_between((site.query, site.key, site.value), earliest(site), site.output)
@@ -221,22 +236,3 @@ def _refusal(site: AttentionSite) -> tuple[str, str, str] | None:
     if writes_to(*(base_of(bias.node) for bias in site.biases)):
         return "blocked", "FX206", "the mask is written in place"
     return None
-
-
-def _check_budget(budget: Any) -> None:
-    if budget is None:
-        return
-    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    fits = number and (budget >= 1 if isinstance(budget, int) else math.isfinite(budget) and 0.0 < budget <= 1.0)
-    if not fits:
-        raise SettingError(
-            f"SparseAttention(budget={budget!r}): allowed are an int from 1 on (tokens) and a float in (0, 1] (share "
-            "of the cache), such as 256 or 1/16."
-        )
-
-
-def _check_count(name: str, value: Any, least: int, *, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingError(f"SparseAttention({name}={value!r}): an int from {least} on, in tokens.")

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxopt.codegen.ops.sparse_state import QUANTUM
 from fxopt.passes.attention import AttentionSite
 from fxopt.passes.context import PassContext
 from fxopt.passes.nodes import value_of
 from fxopt.passes.sparse_attention import selection
-from fxopt.passes.state import add_state
+from fxopt.passes.state import Shape
 from fxopt.passes.technique import SettingError
 
 if TYPE_CHECKING:
@@ -23,8 +24,19 @@ if TYPE_CHECKING:
 
 NEWEST = 8
 """Newest tokens that are always read: labels say little about a key's neighbourhood, which nearly always matters."""
-MIN_LENGTH = 4096
+MIN_LENGTH = 2048
 """Filled positions from which choosing is faster than reading everything; see docs/decisions.md."""
+
+
+def state_elements(setting: SparseAttention, width: int) -> float:
+    """Elements of the cache's dtype that a step reads a position and KV head to choose."""
+    channels = setting.channels
+    return len(channels[0]) if isinstance(channels, tuple) else channels or default_channels(width)
+
+
+def default_channels(width: int) -> int:
+    """A sixteenth of a head's channels, in rotated pairs."""
+    return max(2, width // 32 * 2)
 
 
 def check(setting: SparseAttention) -> None:
@@ -69,12 +81,32 @@ def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext,
     made = selection.plan(site, setting, context, shared, block=1, newest=NEWEST)
     if made is None:
         return
-    batch, heads, length, width = value_of(made.cache).shape
-    lists = channels_for(setting, heads, width)
-    shape = (batch, heads, len(lists[0]), length)
-    state = add_state(context.rewriter, made.cache, ("channels", lists), {"features": shape}, like=site.output)
+    lists = channels_for(setting, site.kv_heads, value_of(site.key).shape[3])
+    state = made.state(("channels", lists, setting.bits), labels(len(lists[0]), setting.bits, value_of(site.key).dtype))
     channels = made.call(torch.tensor, [list(listed) for listed in lists], device=site.device)
-    ops, options = torch.ops.fxopt, {"extent": made.extent, "channels": channels, "least": made.least}
+    ops = torch.ops.fxopt
+    options = {
+        "extent": made.extent, "channels": channels, "scales": state.get("scales"), "least": made.least,
+        "bits": setting.bits,
+    }  # fmt: skip
     made.call(ops.update_features.default, state["features"], state["filled"], site.key, **options)
     scores = made.call(ops.feature_scores.default, site.query, state["features"], **options)
-    made.attend(scores, f"by {len(lists[0])} channels, {setting.sinks} sinks and the {NEWEST} newest")
+    kept = f" in {setting.bits} bits" if setting.bits else ""
+    made.attend(scores, f"by {len(lists[0])} channels{kept}, {setting.sinks} sinks and the {NEWEST} newest")
+
+
+def labels(count: int, bits: int | None, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
+    """The tensors of a label cache of `count` channels, as ``fxopt.update_features`` keeps them."""
+    if not bits:
+        return {"features": (lambda b, h, s, d: (b, h, count, s), dtype)}
+
+    def stretches(length: Any) -> Any:
+        return (length + QUANTUM - 1) // QUANTUM
+
+    positions = QUANTUM if bits == 8 else QUANTUM // 2
+    return {
+        "features": (
+            lambda b, h, s, d: (b, h, count, stretches(s) * positions), torch.int8 if bits == 8 else torch.uint8
+        ),
+        "scales": (lambda b, h, s, d: (b, h, count, stretches(s)), torch.float32),
+    }  # fmt: skip

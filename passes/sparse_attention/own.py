@@ -17,16 +17,16 @@ from torch import fx
 from fxopt.passes.attention import AttentionSite
 from fxopt.passes.confidence import inline, traced
 from fxopt.passes.context import PassContext
-from fxopt.passes.nodes import value_of
+from fxopt.passes.nodes import same, value_of
 from fxopt.passes.sparse_attention import selection
-from fxopt.passes.state import add_state
+from fxopt.passes.sparse_attention.sizes import Sizes
 from fxopt.passes.technique import PassError, SettingError
 
 if TYPE_CHECKING:
     from fxopt.passes.sparse_attention import SparseAttention
 
 NEWEST = 8
-MIN_LENGTH = 4096
+MIN_LENGTH = 2048
 
 
 def check(setting: SparseAttention) -> None:
@@ -45,26 +45,31 @@ def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext,
     made = selection.plan(site, setting, context, shared, block=1, newest=NEWEST)
     if made is None:
         return
-    batch, heads, length, width = value_of(made.cache).shape
-    query = context.rewriter.method("reshape", (site.query, batch, heads, site.group, width), like=site.output)
+    batch, heads, length, _ = value_of(site.key).shape
+    query = context.rewriter.method("unflatten", (site.query, 1, (heads, site.group)), like=site.output)
+    query = context.rewriter.method("squeeze", (query, 3), like=site.output)
     keys_used = list(traced(setting.select, (query, site.key, site.key)).find_nodes(op="placeholder")[2].users)
     rows: fx.Node = site.key
     if keys_used:
-        shape = (batch, heads, width, length)
-        state = add_state(context.rewriter, made.cache, "keys by channel", {"features": shape}, like=site.output)
+        dtype = value_of(site.key).dtype
+        state = made.state("keys by channel", {"features": (lambda b, h, s, d: (b, h, d, s), dtype)})
         rows = state["features"]
         made.call(
             torch.ops.fxopt.update_features.default, rows, state["filled"], site.key,
             extent=made.extent, least=made.least,
         )  # fmt: skip
+        if not isinstance(length, int):  # the state of a growing cache has room for more
+            rows = context.rewriter.method("narrow", (rows, 3, 0, Sizes(context.rewriter, site.output).length(site)),
+                                           like=site.output)  # fmt: skip
     scores = inline(setting.select, (query, site.key, rows), context.rewriter, before=site.output, like=site.output)
     value = value_of(scores)
-    if not isinstance(value, torch.Tensor) or value.ndim != 3 or tuple(value.shape[:2]) != (batch, heads):
+    if not isinstance(value, torch.Tensor) or value.ndim != 3 or value.shape[1] != heads:
         raise PassError(f"select= gives {value!r}; allowed are scores [{batch}, {heads}, {length}] or indices")
     if not value.dtype.is_floating_point:
-        low = made.call(torch.full, (batch, heads, length), -1.0, device=site.device)
+        first = context.rewriter.method("select", (site.key, 3, 0), like=site.output)  # [B, Hkv, S]
+        low = context.rewriter.call(torch.full_like, (first, -1.0), like=site.output)
         scores = context.rewriter.method("scatter", (low, 2, scores, 1.0), like=site.output)
-    elif value.shape[2] != length:
+    elif not same(value.shape[2], length):
         raise PassError(f"select= gives {value.shape[2]} scores for {length} positions")
     scores = context.rewriter.method("float", (scores,), like=site.output)
     name = getattr(setting.select, "__name__", "select")

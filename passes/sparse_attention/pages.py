@@ -15,7 +15,6 @@ from fxopt.passes.attention import AttentionSite
 from fxopt.passes.context import PassContext
 from fxopt.passes.nodes import value_of
 from fxopt.passes.sparse_attention import selection
-from fxopt.passes.state import add_state
 
 if TYPE_CHECKING:
     from fxopt.passes.sparse_attention import SparseAttention
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 PAGE = 16
 """Positions of a page, as in the paper: bounds are an eighth of the keys, and rows of 16 x D are read whole."""
 NEWEST = 1
-MIN_LENGTH = 4096
+MIN_LENGTH = 2048
 """Filled positions from which choosing is faster than reading everything; see docs/decisions.md."""
 
 
@@ -32,16 +31,23 @@ def check(setting: SparseAttention) -> None:
     selection.check(setting, PAGE, NEWEST)
 
 
+def kept_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of bounds: beside a float32 cache on a CPU bfloat16, rounded outwards; they stay bounds at half the bytes."""
+    return torch.bfloat16 if dtype == torch.float32 and device.type == "cpu" else dtype
+
+
+def state_elements(setting: SparseAttention, width: int) -> float:
+    """Elements of the cache's dtype that a step reads a position and KV head to choose."""
+    return 2 * width / PAGE
+
+
 def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext, shared: dict[Any, Any]) -> None:
     """Put selection by page bounds in the place of one attention."""
     made = selection.plan(site, setting, context, shared, block=PAGE, newest=NEWEST)
     if made is None:
         return
-    batch, heads, length, width = value_of(made.cache).shape
-    pages = -(-length // PAGE)
-    state = add_state(
-        context.rewriter, made.cache, ("pages", PAGE), {"bounds": (batch, heads, pages, 2 * width)}, like=site.output
-    )
+    dtype = kept_dtype(value_of(site.key).dtype, site.device)
+    state = made.state(("pages", PAGE), {"bounds": (lambda b, h, s, d: (b, h, (s + PAGE - 1) // PAGE, 2 * d), dtype)})
     ops, options = torch.ops.fxopt, {"extent": made.extent, "page": PAGE, "least": made.least}
     made.call(ops.update_page_bounds.default, state["bounds"], state["filled"], site.key, **options)
     scores = made.call(ops.page_scores.default, site.query, state["bounds"], **options)

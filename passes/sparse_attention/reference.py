@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from fractions import Fraction
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from fxopt.passes.sparse_attention.settings import Budget, block_counts, budgets, tokens_of
 
 if TYPE_CHECKING:
     from fxopt.passes.sparse_attention import SparseAttention
@@ -93,29 +95,41 @@ def _attend(setting: SparseAttention, given: dict[str, Any]) -> Tensor:
     visible = seen.flatten(1, 2).any(1).expand(batch, -1)  # [B, S]
     reach = torch.where(visible, torch.arange(1, length + 1, device=query.device), 0).amax(-1)
     extent = int(torch.where(reach == 0, length, reach).max())
-    keep = kept(setting, query, key, visible, extent)  # [B or 1, Hq or 1, S]
-    keep = keep[:, :, None]
+    scale = given.get("scale") or query.shape[-1] ** -0.5
+    keep = kept(setting, query, key, visible, extent, scale)[:, :, None]  # [B, Hq or 1, 1, S]
     hidden = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, float("-inf"))
     options = {name: given[name] for name in ("scale", "enable_gqa") if given.get(name) is not None}
     return F.scaled_dot_product_attention(query, key, given["value"], attn_mask=hidden, **options)
 
 
-def kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int) -> Tensor:
+def kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int, scale: float) -> Tensor:
     """[B, Hq or 1, S] bool: what each query head reads; ``visible: [B, S]``, of which `extent` positions are in use."""
     if extent < setting.dense_below:
         return visible[:, None]
+    bare = unrepeated(key, query.shape[1])
+    heads = bare.shape[1]
     if setting.select is None and setting.method == "sink_window":
-        return window_kept(setting, visible)[:, None]
-    bare = _bare(key, query.shape[1])
-    chosen = _page_kept if setting.method == "pages" else _channel_kept
-    chosen = chosen if setting.select is None else _own_kept
+        amounts = budgets(setting, heads)
+        rows = [visible if a is None else _window_kept(setting, visible, a) for a in amounts]
+        return torch.stack(rows, 1).repeat_interleave(query.shape[1] // heads, 1)
     # With one new token, rows of the query are query heads too: transformers packs a group that way in eager.
-    grouped = query.unflatten(1, (bare.shape[1], -1)).flatten(2, 3)
-    keep = chosen(setting, grouped, bare, visible, extent)
-    return keep.repeat_interleave(query.shape[1] // bare.shape[1], 1)
+    grouped = query.unflatten(1, (heads, -1)).flatten(2, 3)
+    method = setting.chosen_by
+    scores, block = _SCORES[method.__name__.rpartition(".")[2]](setting, grouped, bare, extent)
+    number = torch.arange(key.shape[2], device=key.device) // block
+    always = _always(setting, visible, method.NEWEST)
+    counts = block_counts(setting, heads, visible.shape[1], block, method.NEWEST)
+    most = max((c for c in counts if c is not None), default=0)
+    keep = visible[:, None].repeat(1, heads, 1)
+    if most * block < extent:  # else no list leaves anything out
+        for head, count in enumerate(counts):
+            if count is not None:
+                taken = _best(scores[:, head].float(), always, visible, number, count, setting.tau, scale)
+                keep[:, head] &= taken[:, number]
+    return keep.repeat_interleave(query.shape[1] // heads, 1)
 
 
-def _bare(key: Tensor, heads: int) -> Tensor:
+def unrepeated(key: Tensor, heads: int) -> Tensor:
     """Keys of the KV heads alone: a model may have repeated each for the query heads that read it."""
     for group in range(heads, 1, -1):
         if key.shape[1] == heads and heads % group == 0:
@@ -125,42 +139,60 @@ def _bare(key: Tensor, heads: int) -> Tensor:
     return key
 
 
-def _page_kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int) -> Tensor:
-    """Pages with the largest bounds; ``query: [B, Hkv, G, D]``, ``key: [B, Hkv, S, D]``; [B, Hkv, S]."""
-    from fxopt.passes.sparse_attention.pages import NEWEST, PAGE
+def _page_scores(setting: SparseAttention, query: Tensor, key: Tensor, extent: int) -> tuple[Tensor, int]:
+    """Bounds of pages; ``query: [B, Hkv, G, D]``, ``key: [B, Hkv, S, D]``; [B, Hkv, P] and the positions of a page."""
+    from fxopt.passes.sparse_attention.pages import PAGE, kept_dtype
 
-    length = key.shape[2]
+    kept_in = kept_dtype(key.dtype, key.device)
     parts = [key[:, :, i : min(i + PAGE, extent)] for i in range(0, extent, PAGE)]
     top = torch.stack([part.amax(2) for part in parts], 2)[:, :, :, None]  # [B, Hkv, P, 1, D]
     bottom = torch.stack([part.amin(2) for part in parts], 2)[:, :, :, None]
-    reached = torch.maximum(query[:, :, None] * top, query[:, :, None] * bottom).sum(-1).amax(-1)
-    page = torch.arange(length, device=key.device) // PAGE
-    taken = _best(setting, reached, _always(setting, visible, NEWEST), visible, page, extent, PAGE)
-    return visible[:, None] & taken[:, :, page]
+    top, bottom = raised(top, kept_in), -raised(-bottom, kept_in)
+    return torch.maximum(query[:, :, None] * top, query[:, :, None] * bottom).sum(-1).amax(-1), PAGE
 
 
-def _channel_kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int) -> Tensor:
-    """Tokens with the largest scores on the calibrated channels; shapes as in :func:`_page_kept`."""
-    from fxopt.passes.sparse_attention.double_sparsity import NEWEST, channels_for
+def _channel_scores(setting: SparseAttention, query: Tensor, key: Tensor, extent: int) -> tuple[Tensor, int]:
+    """Scores of tokens on the calibrated channels; shapes as in :func:`_page_scores`."""
+    from fxopt.passes.sparse_attention.double_sparsity import channels_for
 
     lists = channels_for(setting, key.shape[1], key.shape[3])
-    scores = torch.stack(
-        [(query[:, h][..., listed] @ key[:, h][..., listed].mT).amax(1) for h, listed in enumerate(lists)], 1
-    )[..., :extent]  # fmt: skip
-    position = torch.arange(key.shape[2], device=key.device)
-    return visible[:, None] & _best(setting, scores, _always(setting, visible, NEWEST), visible, position, extent, 1)
+    scores = []
+    for h, listed in enumerate(lists):
+        labels = rounded(key[:, h, :extent][..., listed], setting.bits)
+        scores.append((query[:, h][..., listed] @ labels.to(query.dtype).mT).amax(1))
+    return torch.stack(scores, 1), 1
 
 
-def _own_kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int) -> Tensor:
-    """Tokens with the largest scores of a function of the user's; shapes as in :func:`_page_kept`."""
-    from fxopt.passes.sparse_attention.own import NEWEST
-
+def _own_scores(setting: SparseAttention, query: Tensor, key: Tensor, extent: int) -> tuple[Tensor, int]:
+    """Scores of a function of the user's; shapes as in :func:`_page_scores`."""
     found = setting.select(query, key, key.transpose(2, 3))
     if not found.dtype.is_floating_point:
         found = torch.full(key.shape[:3], -1.0, device=key.device).scatter(2, found, 1.0)
-    position = torch.arange(key.shape[2], device=key.device)
-    always = _always(setting, visible, NEWEST)
-    return visible[:, None] & _best(setting, found[..., :extent], always, visible, position, extent, 1)
+    return found[..., :extent], 1
+
+
+_SCORES: dict[str, Callable[[SparseAttention, Tensor, Tensor, int], tuple[Tensor, int]]] = {
+    "pages": _page_scores, "double_sparsity": _channel_scores, "own": _own_scores,
+}  # fmt: skip
+
+
+def raised(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest numbers of `dtype` that are not below `x`, as numbers of x's own dtype."""
+    near = x.to(dtype)
+    above = torch.nextafter(near, torch.full_like(near, math.inf))
+    return torch.where(near.to(x.dtype) < x, above, near).to(x.dtype)
+
+
+def rounded(labels: Tensor, bits: int | None) -> Tensor:
+    """Channels of keys ``[..., S, C]`` as a label cache of so many bits holds them: one scale each 128 positions."""
+    if not bits:
+        return labels
+    most = 127 if bits == 8 else 7
+    parts = []
+    for part in labels.float().split(128, -2):
+        scale = part.abs().amax(-2, keepdim=True) / most
+        parts.append(torch.where(scale > 0, (part / scale).round() * scale, 0.0))
+    return torch.cat(parts, -2)
 
 
 def _always(setting: SparseAttention, visible: Tensor, newest: int) -> Tensor:
@@ -169,40 +201,34 @@ def _always(setting: SparseAttention, visible: Tensor, newest: int) -> Tensor:
 
 
 def _best(
-    setting: SparseAttention, scores: Tensor, always: Tensor, visible: Tensor, number: Tensor, extent: int, block: int
+    scores: Tensor, always: Tensor, visible: Tensor, number: Tensor, count: int, tau: float | None, scale: float
 ) -> Tensor:
-    """[B, Hkv, N] bool: the blocks that are read; ``number: [S]`` is the block of each position."""
-    from fxopt.passes.sparse_attention.selection import blocks_to_read
-
-    batch, heads, used = scores.shape
+    """[B, N] bool: the blocks that are read, of ``scores: [B, used]``; ``number: [S]``: the block of each position."""
+    batch, used = scores.shape
     blocks = int(number[-1]) + 1
-    count = blocks_to_read(setting, visible.shape[1], block, setting.chosen_by.NEWEST)
-    taken = torch.ones(batch, heads, blocks, dtype=torch.bool, device=scores.device)
-    if count * block >= extent:
-        return taken
 
     def any_in_block(what: Tensor) -> Tensor:
         found = torch.zeros(batch, blocks, dtype=torch.int64, device=what.device)
-        return found.index_add_(1, number, what.long())[:, None, :used] > 0
+        return found.index_add_(1, number, what.long())[:, :used] > 0
 
-    ranked = scores.float().masked_fill(~any_in_block(visible), -math.inf)
-    ranked = ranked.masked_fill(any_in_block(always), math.inf)
-    order = ranked.topk(count, -1).indices
-    return torch.zeros_like(taken).scatter_(2, order, True)
+    seen, forced = any_in_block(visible), any_in_block(always)
+    ranked = scores.masked_fill(~seen, -math.inf).masked_fill(forced, math.inf)
+    order = ranked.topk(min(count, used), -1).indices
+    taken = torch.zeros(batch, blocks, dtype=torch.bool, device=scores.device)
+    if tau is None:
+        return taken.scatter_(1, order, True)
+    shares = (scores * scale).masked_fill(~seen, -math.inf).softmax(-1)
+    for row in range(batch):
+        held = 0.0
+        for block in order[row].tolist():
+            if forced[row, block] or held < tau:
+                taken[row, block] = True
+                held += float(shares[row, block])
+    return taken
 
 
-def tokens_of(setting: SparseAttention, length: int) -> int:
-    """The budget in tokens on a cache of that length."""
-    if setting.window is not None:
-        return setting.sinks + setting.window
-    if isinstance(setting.budget, int):
-        return setting.budget
-    assert setting.budget is not None
-    return max(math.ceil(length * Fraction(setting.budget).limit_denominator(1 << 16)), setting.sinks + 1)
-
-
-def window_kept(setting: SparseAttention, visible: Tensor) -> Tensor:
+def _window_kept(setting: SparseAttention, visible: Tensor, budget: Budget) -> Tensor:
     """[B, S]: the first `sinks` and the last ``budget - sinks`` of each row's visible positions."""
     rank = visible.cumsum(-1)
-    window = tokens_of(setting, visible.shape[1]) - setting.sinks
+    window = tokens_of(budget, visible.shape[1], setting.sinks + 1) - setting.sinks
     return visible & ((rank <= setting.sinks) | (rank > rank[:, -1:] - window))

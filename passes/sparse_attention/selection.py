@@ -1,13 +1,14 @@
 """What all methods that choose by a score share: the cache they can keep state beside, and the nodes after the scores.
 
-    scores = ...                                                     # of a method, [B, Hkv, N]
-    bias   = fxopt.block_bias(keys, mask, ...)                       # once for all layers that share the mask
-    index  = fxopt.choose(scores, bias, extent, ...)                 # fixed length, on the device
-    out    = fxopt.gathered_attention(query, keys, values, index, mask, extent, ...)
+scores = ...                                                     # of a method, [B, Hkv, N]
+bias   = fxopt.block_bias(keys, mask, ...)                       # once for all layers that share the mask
+index, valid = fxopt.choose(scores, bias, extent, ...)           # fixed length, on the device
+out    = fxopt.gathered_attention(query, keys, values, index, valid, mask, extent, ...)
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ import torch
 from torch import fx
 
 import fxopt.codegen.ops.sparse_select  # noqa: F401  (registers the operators)
-from fxopt.codegen.ops.sparse_attention import budget_tokens
 from fxopt.passes.attention import AttentionSite
 from fxopt.passes.attention_rewrite import mask_node, replace_output
 from fxopt.passes.context import PassContext
-from fxopt.passes.kv import cache_of
+from fxopt.passes.kv import cache_of, grown_from
 from fxopt.passes.masks import read_extent_node
+from fxopt.passes.sparse_attention.settings import budgets, least_blocks
+from fxopt.passes.sparse_attention.sizes import Size, Sizes
+from fxopt.passes.state import Shape, add_state
 from fxopt.passes.technique import SettingError
 
 if TYPE_CHECKING:
@@ -29,44 +32,51 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """One attention with what its selection works on. Blocks of `block` positions, `count` of them are read."""
+    """One attention with what its selection works on. Blocks of `block` positions, at most `count` of them are read."""
 
     site: AttentionSite
     setting: SparseAttention
     context: PassContext
-    cache: fx.Node
-    """The key tensor of the cache, an input of the graph."""
     mask: fx.Node | None
     extent: fx.Node | None
     bias: fx.Node
     block: int
-    count: int
-
-    @property
-    def least(self) -> int:
-        """With at most so many filled positions attention is dense and nothing is chosen."""
-        return max(self.count * self.block, self.setting.dense_below - 1)
+    count: Size
+    counts: tuple[Size, ...]
+    """For each KV head, where they differ; empty where all read `count`."""
+    dense_heads: tuple[int, ...]
+    least: Size
+    """With at most so many filled positions attention is dense and nothing is chosen."""
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call before the attention; options that are None are left out."""
         given = {name: value for name, value in kwargs.items() if value is not None}
         return self.context.rewriter.call(target, args, given, like=self.site.output)
 
+    def state(self, kind: Any, tensors: dict[str, tuple[Shape, torch.dtype]]) -> dict[str, fx.Node]:
+        """The state `kind` beside the cache of this attention."""
+        return add_state(self.context.rewriter, self.site.key, kind, tensors, like=self.site.output)
+
     def attend(self, scores: fx.Node, how: str) -> None:
         """Choose by `scores` and put the gathered form in the place of the attention."""
-        site, ops = self.site, torch.ops.fxopt
-        index = self.call(
+        site, setting, ops = self.site, self.setting, torch.ops.fxopt
+        chosen = self.call(
             ops.choose.default, scores, self.bias,
             extent=self.extent, count=self.count, block=self.block, least=self.least,
+            counts=list(self.counts) or None, tau=setting.tau, scale=site.scale if setting.tau else None,
         )  # fmt: skip
+        index, valid = (self.call(operator.getitem, chosen, i) for i in range(2))
         new = self.call(
-            ops.gathered_attention.default, site.query, site.key, site.value, index,
+            ops.gathered_attention.default, site.query, site.key, site.value, index, valid,
             mask=self.mask, extent=self.extent, sinks=site.sinks, scale=site.scale, soft_cap=site.soft_cap,
-            min_length=self.setting.dense_below, block=self.block,
+            min_length=setting.dense_below, block=self.block, dense_heads=list(self.dense_heads) or None,
         )  # fmt: skip
         described = site.describe()
         replace_output(site, new, self.context.rewriter)
-        self.context.applied(new, f"{described}: reads {self.count * self.block} of them, {how}")
+        amount = self.count * self.block if isinstance(self.count, int) else setting.budget
+        heads = f" by {site.kv_heads - len(self.dense_heads)} KV heads" if self.dense_heads else ""
+        cut = f", up to {setting.tau:g} of the softmax" if setting.tau else ""
+        self.context.applied(new, f"{described}: reads {amount} of them{heads}, {how}{cut}")
 
 
 def plan(
@@ -78,21 +88,36 @@ def plan(
     if site.device.type != "cpu":
         context.missed("FX303", site.output, "selection has no generated kernels for this device yet")
         return None
-    if cache.kind != "static" or cache.key.op != "placeholder" or cache.key is not site.key:
-        # A sliding cache moves every key in every step; what grows by cat is another tensor each time.
-        context.missed("FX208", site.output, f"a {cache.kind} cache; {setting.method} keeps state beside a static one")
+    if cache.kind == "sliding":
+        message = (
+            f"a sliding cache: every step moves all keys, so that what {setting.method} keeps would be derived anew "
+            "from all of them, and its window already bounds what is read"
+        )
+        context.missed("FX208", site.output, message)
         return None
-    length = site.length
-    if not isinstance(length, int) or not isinstance(value_of_batch(site), int):
-        context.missed("FX204", site.output, "the state beside the cache needs fixed sizes; these are symbolic")
+    static = cache.kind == "static" and cache.key.op == "placeholder" and cache.key is site.key
+    if not static and grown_from(site.key) is None:
+        message = f"a {cache.kind} cache; {setting.method} keeps state beside one that lives from step to step"
+        context.missed("FX208", site.output, message)
         return None
-    count = blocks_to_read(setting, length, block, newest)
-    if count * block >= length:
-        context.note(site.output, f"the budget covers all {length} positions of the cache: dense")
+    sizes = Sizes(context.rewriter, site.output)
+    length = sizes.length(site)
+    least = least_blocks(setting.sinks, block, newest)
+    amounts = budgets(setting, site.kv_heads)
+    counts = [
+        None if a is None else sizes.blocks(sizes.tokens(a, length, least * block), block, least) for a in amounts
+    ]
+    # A head whose list covers the cache is a dense one.
+    counts = [None if c is not None and _covers(sizes.times(c, block), length) else c for c in counts]
+    sparse = [c for c in counts if c is not None]
+    if not sparse:
+        context.note(site.output, f"the budget covers all {site.length} positions of the cache: dense")
         return None
+    count = sizes.most(sparse)
+    differ = any(c is not sparse[0] and c != sparse[0] for c in sparse)
     mask = mask_node(site, context.rewriter)
     # Sizes rather than the mask alone: without a mask the list depends on the cache's length.
-    key = ("bias", mask, str(length))
+    key = ("bias", mask, str(site.length), setting.sinks, newest, block)
     if key not in shared:
         options = {"mask": mask, "sinks": setting.sinks, "newest": newest, "block": block}
         given = {name: value for name, value in options.items() if value is not None}
@@ -100,25 +125,16 @@ def plan(
         extent = None if mask is None else read_extent_node(mask, context.rewriter, like=site.output)
         shared[key] = bias, extent
     bias, extent = shared[key]
-    return Plan(site, setting, context, cache.key, mask, extent, bias, block, count)
+    return Plan(
+        site, setting, context, mask, extent, bias, block, count,
+        counts=tuple(0 if c is None else c for c in counts) if differ else (),
+        dense_heads=tuple(h for h, c in enumerate(counts) if c is None),
+        least=sizes.most((sizes.times(count, block), setting.dense_below - 1)),
+    )  # fmt: skip
 
 
-def value_of_batch(site: AttentionSite) -> Any:
-    """B of an attention; may be symbolic."""
-    return site.query.meta["example_value"].shape[0]
-
-
-def blocks_to_read(setting: SparseAttention, length: int, block: int, newest: int) -> int:
-    """How many blocks the budget pays for on a cache of that length; at least those that are always read, and one."""
-    given = setting.budget
-    assert given is not None
-    tokens = budget_tokens(length, 0, given, 0.0) if isinstance(given, int) else budget_tokens(length, 0, 0, given)
-    return max(int(tokens) // block, least_blocks(setting.sinks, block, newest))
-
-
-def least_blocks(sinks: int, block: int, newest: int) -> int:
-    """Blocks that sinks and newest positions can touch, wherever padding ends, and one that is chosen."""
-    return sum((n + block - 2) // block + 1 for n in (sinks, newest) if n) + 1
+def _covers(tokens: Size, length: Size) -> bool:
+    return isinstance(tokens, int) and isinstance(length, int) and tokens >= length
 
 
 def check(setting: SparseAttention, block: int, newest: int) -> None:
@@ -131,8 +147,11 @@ def check(setting: SparseAttention, block: int, newest: int) -> None:
             "method takes budget=tokens or a share."
         )
     least = least_blocks(setting.sinks, block, newest) * block
-    if isinstance(setting.budget, int) and setting.budget < least:
-        raise SettingError(
-            f"SparseAttention(method={setting.method!r}, budget={setting.budget}, sinks={setting.sinks}): sinks and "
-            f"newest tokens are read in any case; allowed is {least} or more."
-        )
+    named = [("budget", setting.budget)]
+    named += [(f"heads[{h[0]}]", h[1]) for h in setting.heads or () if isinstance(h, tuple)]
+    for name, budget in named:
+        if isinstance(budget, int) and budget < least:
+            raise SettingError(
+                f"SparseAttention(method={setting.method!r}, {name}={budget}, sinks={setting.sinks}): sinks and newest "
+                f"tokens are read in any case; allowed is {least} or more."
+            )

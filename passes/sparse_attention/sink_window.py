@@ -11,6 +11,8 @@ from fxopt.passes.attention import AttentionSite
 from fxopt.passes.attention_rewrite import mask_node, replace_output
 from fxopt.passes.context import PassContext
 from fxopt.passes.masks import read_extent_node
+from fxopt.passes.sparse_attention.settings import budgets
+from fxopt.passes.sparse_attention.sizes import Sizes
 from fxopt.passes.technique import SettingError
 
 if TYPE_CHECKING:
@@ -35,32 +37,47 @@ def check(setting: SparseAttention) -> None:
         )
 
 
-def counts(setting: SparseAttention) -> dict[str, Any]:
-    """The setting as ``fxopt.window_positions`` takes it."""
-    if setting.window is not None:
-        return {"sinks": setting.sinks, "tokens": setting.sinks + setting.window}
-    amount = {"tokens": setting.budget} if isinstance(setting.budget, int) else {"share": setting.budget}
-    return {"sinks": setting.sinks, **amount}
+def state_elements(setting: SparseAttention, width: int) -> float:
+    """Elements of the cache's dtype that a step reads a position and KV head to choose."""
+    return 0.0
 
 
 def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext, shared: dict[Any, Any]) -> None:
     """Put the gathered form in the place of one attention."""
-    if site.device.type != "cpu" and setting.dense_below:
-        context.missed("FX303", site.output, "min_length: no kernel here switches to dense on the device; set it to 0")
+    if site.device.type != "cpu" and (setting.dense_below or setting.heads is not None):
+        what = "heads: no kernel here gives each its own list" if setting.heads is not None else (
+            "min_length: no kernel here switches to dense on the device; set it to 0"
+        )  # fmt: skip
+        context.missed("FX303", site.output, what)
         return
     call, like = context.rewriter.call, site.output
+    sizes = Sizes(context.rewriter, like)
+    amounts = budgets(setting, site.kv_heads)
+    if all(amount is None for amount in amounts):
+        context.note(site.output, f"the budget covers all {site.length} positions of the cache: dense")
+        return
     mask = mask_node(site, context.rewriter)
     # Sizes rather than the mask alone: without a mask the list depends on the cache's length.
-    key = ("positions", mask, str(site.length))
+    key = ("positions", mask, str(site.length), site.kv_heads)
     if key not in shared:
+        length = sizes.length(site) if any(isinstance(a, float) for a in amounts) else 0
+        least = setting.sinks + 1
+        tokens = [least if a is None else sizes.tokens(a, length, least) for a in amounts]
         given = {} if mask is None else {"mask": mask}
-        index = call(torch.ops.fxopt.window_positions.default, (site.key,), {**given, **counts(setting)}, like=like)
+        given["sinks"] = setting.sinks
+        if len(set(amounts) - {None}) > 1:
+            # A dense head's list is not read.
+            given["counts"] = tokens
+        else:
+            given["tokens"] = next(t for t, a in zip(tokens, amounts, strict=True) if a is not None)
+        index = call(torch.ops.fxopt.window_positions.default, (site.key,), given, like=like)
         extent = None if mask is None else read_extent_node(mask, context.rewriter, like=like)
         shared[key] = index, extent
     index, extent = shared[key]
+    dense = [head for head, amount in enumerate(amounts) if amount is None]
     options = {
         "mask": mask, "extent": extent, "sinks": site.sinks, "scale": site.scale, "soft_cap": site.soft_cap,
-        "min_length": setting.dense_below,
+        "min_length": setting.dense_below, "dense_heads": dense or None,
     }  # fmt: skip
     new = call(
         torch.ops.fxopt.gathered_attention.default, (site.query, site.key, site.value, index),
@@ -69,5 +86,5 @@ def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext,
     described = site.describe()
     replace_output(site, new, context.rewriter)
     amount = index.meta["example_value"].shape[-1]
-    context.applied(new, f"{described}: reads {amount} of them, {setting.sinks} sinks and the newest")
-
+    heads = f" by {site.kv_heads - len(dense)} KV heads" if dense else ""
+    context.applied(new, f"{described}: reads {amount} of them{heads}, {setting.sinks} sinks and the newest")

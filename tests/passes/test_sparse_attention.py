@@ -18,8 +18,11 @@ from fxopt.testing import TINY
         {"window": 8, "budget": 16}, {"window": 8, "sinks": -1}, {"method": "pages", "budget": 32},
         {"method": "double_sparsity", "budget": 12},
         {"method": "double_sparsity", "budget": 64, "channels": ((0, 0),)}, {"method": "sink_windw", "window": 8},
-        {"window": 8, "tau": 0.9}, {"window": 8, "heads": (0,)}, {"window": 8, "select": len},
-        {"window": 8, "layers": ()},
+        {"window": 8, "tau": 0.9}, {"window": 8, "select": len}, {"window": 8, "layers": ()}, {"window": 8, "bits": 8},
+        {"method": "pages", "budget": 96, "tau": 0.0}, {"method": "pages", "budget": 96, "tau": 1.5},
+        {"method": "double_sparsity", "budget": 96, "bits": 2}, {"window": 8, "heads": ()},
+        {"window": 8, "heads": (0, 0)}, {"window": 8, "heads": {0: 1.5}}, {"window": 8, "heads": ((0, 8), 1)},
+        {"method": "pages", "budget": 96, "heads": {0: 32}}, {"window": 8, "heads": "all"},
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_meant(fields):

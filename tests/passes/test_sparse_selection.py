@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import StaticCache
 
 import fxopt
 import fxopt.codegen.ops.sparse_select
+import fxopt.codegen.ops.sparse_state
 from fxopt.codegen.ops.attention import attention
-from fxopt.passes import state
 from fxopt.passes.sparse_attention import SparseAttention
 from fxopt.passes.sparse_attention.calibration import first_channels, head_overlap, heaviest, product_sums, read_lists
 from fxopt.passes.technique import SettingError
@@ -36,20 +37,6 @@ def settings(model):
     }
 
 
-def conversation(model, ids, cache, new=4, mask=None, start=0):
-    """Prefill and greedy steps by hand on a cache that the caller owns; logits of the steps."""
-    found = []
-    with torch.no_grad():
-        position = torch.arange(start, start + ids.shape[1])[None]
-        out = model(ids, past_key_values=cache, use_cache=True, position_ids=position)
-        for _ in range(new):
-            token = out.logits[:, -1:].argmax(-1)
-            position = position[:, -1:] + 1
-            out = model(token, past_key_values=cache, use_cache=True, position_ids=position)
-            found.append(out.logits[:, -1])
-    return torch.stack(found)
-
-
 def prompt(seed, tokens=90, rows=1):
     return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
@@ -66,10 +53,17 @@ def generated(model, rows=2, tokens=8):
     return torch.stack(out.logits)
 
 
-@pytest.mark.parametrize("method", ["pages", "double_sparsity"])
-def test_decoding_equals_the_reference(method, eager_lowering):
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("pages", {}), ("double_sparsity", {}), ("pages", {"tau": 0.6}), ("double_sparsity", {"tau": 0.5}),
+        ("double_sparsity", {"bits": 8}), ("double_sparsity", {"bits": 4}), ("pages", {"heads": (1,)}),
+        ("double_sparsity", {"heads": {0: 20, -1: 1.0}}), ("pages", {"budget": 0.8, "heads": {0: 64}}),
+    ],
+)  # fmt: skip
+def test_decoding_equals_the_reference(method, fields, eager_lowering):
     model = TINY["llama"]()
-    setting = settings(model)[method]
+    setting = replace(settings(model)[method], **fields)
     dense = generated(model)
     meant = generated(fxopt.reference(model, setting))
     fxopt.compile(model, setting, strict=True)
@@ -91,51 +85,6 @@ def test_under_inductor():
     meant = generated(fxopt.reference(model, PAGES), tokens=4)
     fxopt.compile(model, PAGES, strict=True)
     torch.testing.assert_close(generated(model, tokens=4), meant, rtol=1e-4, atol=1e-4)
-
-
-def test_state_follows_its_cache(eager_lowering):
-    """Two interleaved conversations, reset to a prompt one longer, and a step taken back."""
-    model = TINY["llama"]()
-    kept = {"config": model.config, "max_cache_len": 128}
-    fresh = lambda: StaticCache(**kept)  # noqa: E731
-    reference = fxopt.reference(TINY["llama"](), PAGES)
-    fxopt.compile(model, PAGES, strict=True)
-    first, second = fresh(), fresh()
-    other_first, other_second = fresh(), fresh()
-    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
-    close(conversation(model, prompt(1), first), conversation(reference, prompt(1), other_first))
-    close(conversation(model, prompt(2, 93), second), conversation(reference, prompt(2, 93), other_second))
-    one = torch.tensor([[7]])
-    for number in range(3):  # in turns; the prompt of one token is a decode step
-        for cache, other, length in ((first, other_first, 94), (second, other_second, 97)):
-            at = length + 2 * number
-            close(
-                conversation(model, one, cache, 1, start=at), conversation(reference, one, other, 1, start=at)
-            )
-    keys = first.layers[0].keys
-    bounds = state.state_of(keys)[("pages", 16)]
-    assert int(bounds["filled"]) == 100
-    # A longer prompt, so that the first step finds the length it would expect.
-    first.reset()
-    close(conversation(model, prompt(3, 100), first), conversation(reference, prompt(3, 100), fresh()))
-
-
-def test_a_write_from_outside_is_noticed(eager_lowering):
-    model = TINY["llama"]()
-    fxopt.compile(model, PAGES, strict=True)
-    cache = StaticCache(config=model.config, max_cache_len=128)
-    conversation(model, prompt(1), cache)
-    keys = cache.layers[0].keys
-    keys[:, :, 3] = 5.0
-    with torch.no_grad():
-        model(torch.tensor([[7]]), past_key_values=cache, position_ids=torch.tensor([[94]]))
-    top = state.state_of(keys)[("pages", 16)]["bounds"][:, :, 0, : keys.shape[3]]
-    torch.testing.assert_close(top, keys[:, :, :16].amax(2))
-
-
-def test_state_goes_with_its_cache():
-    keys = torch.zeros(1, 1, 4, 2)
-    assert state.state_of(keys) == {}
 
 
 def filled_inputs(filled=83, length=128, batch=2, heads=8, kv_heads=2, width=16):
@@ -190,11 +139,11 @@ def test_all_listed_blocks_are_dense_attention_and_rows_are_independent(length):
     index = torch.arange(7).expand(2, 2, -1)
     # One block in two is listed twice as padding would be; nothing of what is not visible may count.
     padded = torch.cat((index, torch.full((2, 2, 2), -1)), -1)[:, :, torch.randperm(9)]
-    from fxopt.codegen.ops.sparse_attention import attend_to
+    from fxopt.codegen.ops.sparse_gather import attend_to
 
-    torch.testing.assert_close(attend_to(query, key, value, padded, mask, None, 0.25, 0.0, 16), dense)
-    both = attend_to(query, key, value, index[:, :, :3], mask, None, 0.25, 0.0, 16)
-    alone = attend_to(query[1:], key[1:], value[1:], index[1:, :, :3], mask[1:], None, 0.25, 0.0, 16)
+    torch.testing.assert_close(attend_to(query, key, value, padded, None, mask, 83, None, 0.25, 0.0, 16), dense)
+    both = attend_to(query, key, value, index[:, :, :3], None, mask, 83, None, 0.25, 0.0, 16)
+    alone = attend_to(query[1:], key[1:], value[1:], index[1:, :, :3], None, mask[1:], 83, None, 0.25, 0.0, 16)
     torch.testing.assert_close(both[1:], alone)
 
 
@@ -242,14 +191,6 @@ def test_lists_in_the_authors_format(tmp_path):
     path.write_text(json.dumps({"model.layers.0.self_attn.k_proj": [[3, 1, 1, 0]]}))
     with pytest.raises(SettingError, match="permutation"):
         read_lists(path)
-
-
-def test_without_a_cache_that_can_carry_state(eager_lowering):
-    model = TINY["llama"]()
-    fxopt.compile(model, PAGES)
-    ids = prompt(1, 40)
-    with torch.no_grad(), pytest.warns(UserWarning, match="FX208"):
-        model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
 
 
 def test_channels_of_another_model(eager_lowering):
