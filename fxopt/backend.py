@@ -15,6 +15,7 @@ from torch import fx
 
 from fxopt import reporting
 from fxopt.codegen import compat
+from fxopt.kernel_plan import record_kernels_here
 from fxopt.options import Setting, Settings, parse_options
 from fxopt.passes import inputs, order, state
 from fxopt.passes.context import PassContext
@@ -77,6 +78,7 @@ def compile_graph(
         recorder = Recorder(record, settings.record)
         recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
         gm, wrappers, patches = run_passes(gm, record, recorder, settings)
+        record_kernels_here(gm, record)
         lowering = time.perf_counter()
         examples = [*example_inputs, *inputs.examples(gm.graph)]
         compiled = compat.compile_with_inductor(gm, examples, settings.mode, patches)

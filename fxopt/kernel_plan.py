@@ -6,15 +6,25 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
-from fxopt.codegen import ahead, roofline
+from fxopt.codegen import ahead, lowering, roofline
 from fxopt.codegen.ahead import Ahead
 from fxopt.passes.provenance import module_path, origin_ids
 from fxopt.passes.record import GraphRecord, KernelRecord, Remark
 
 MOST = 16
 """Different kernels compiled for one graph: a second or two each."""
+
+
+def record_kernels_here(module: fx.GraphModule, record: GraphRecord) -> None:
+    """:func:`record_kernels` for the GPU that the graph runs on; nothing where it runs on another kind of device."""
+    values = (node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder"))
+    found = (v.device for v in values if isinstance(v, torch.Tensor) and v.device.type in lowering.KERNEL_DEVICES)
+    device = next(found, None)
+    if device is not None:
+        record_kernels(module, record, roofline.current_device(device), compiled=False)
 
 
 def record_kernels(module: fx.GraphModule, record: GraphRecord, device: roofline.Device, compiled: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import fxopt
 from fxopt import LayerSkip
+from fxopt.codegen import roofline
 from fxopt.inspection import views
 from fxopt.inspection.numerics import numerics
 from fxopt.inspection.work import least_seconds, work
@@ -34,26 +35,39 @@ fxopt.report(model).to_json(sys.argv[1], times=False)
 """
 
 
-def test_equal_input_in_two_processes_gives_equal_bytes_and_a_trace(tmp_path):
-    written = []
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """The reports of two processes that did the same, and the trace folder of the first."""
+    folder, written = tmp_path_factory.mktemp("traced"), []
     for turn in "ab":
-        seed = str(ord(turn))
-        env = {**os.environ, "TORCH_TRACE": str(tmp_path / f"trace{turn}"), "PYTHONHASHSEED": seed}
-        path = tmp_path / f"{turn}.json"
+        env = {**os.environ, "TORCH_TRACE": str(folder / f"trace{turn}"), "PYTHONHASHSEED": str(ord(turn))}
+        path = folder / f"{turn}.json"
         subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(path)], check=True, env=env, capture_output=True, timeout=300
+            [sys.executable, "-c", PROGRAM, str(path)], check=True, env=env, capture_output=True, timeout=600
         )
         written.append(path.read_bytes())
+    return written, folder / "tracea"
+
+
+def test_equal_input_in_two_processes_gives_equal_bytes_and_a_trace(traced):
+    written, trace = traced
     assert written[0] == written[1] and len(written[0]) > 10_000
-    (log,) = (tmp_path / "tracea").iterdir()
+    (log,) = trace.iterdir()
     lines = log.read_text().splitlines()
     entry = next(i for i, line in enumerate(lines) if '"artifact"' in line and '"fxopt_record"' in line)
     header = json.loads(lines[entry].split("] ", 1)[1])
     assert header["artifact"] == {"name": "fxopt_record", "encoding": "json"} and "frame_id" in header
     assert "layer_skip" in lines[entry + 1]
-    if shutil.which("tlparse"):
-        subprocess.run(["tlparse", str(log), "-o", str(tmp_path / "out"), "--no-browser"], check=True, timeout=120)
-        assert any("fxopt_record" in p.name for p in (tmp_path / "out").rglob("*"))
+
+
+def test_tlparse_lists_our_artifact(traced, tmp_path):
+    if shutil.which("tlparse") is None:
+        pytest.skip("no tlparse here: pip install tlparse")
+    (log,) = traced[1].iterdir()
+    subprocess.run(["tlparse", str(log), "-o", str(tmp_path / "out"), "--no-browser"], check=True, timeout=600)
+    (kept,) = (tmp_path / "out").rglob("fxopt_record*.json")
+    assert kept.name in (tmp_path / "out" / "index.html").read_text()
+    assert json.loads(kept.read_text())["model"] == "Handwritten"
 
 
 def test_a_plan_of_32_layers_opens_within_two_seconds(browser, tmp_path):
@@ -136,6 +150,23 @@ def test_a_plan_has_kernels_for_its_target_and_the_work_of_each_component():
     captured, packed = least[0], least[[s.name for s in report.passes].index("gqa_packing")]
     # The captured graph reads keys and values of every query head, the packed one those of every KV head.
     assert captured - packed == pytest.approx(2 * 2 * 2 * (heads - kv) * positions * width / 4.8e12, rel=0.01)
+
+
+def test_a_graph_on_a_gpu_records_its_kernels_as_its_plan_does(eager_lowering, monkeypatch):
+    """A CPU counts as the GPU: what is recorded comes from the rewritten graph, also the attention's kernels."""
+    pytest.importorskip("triton")
+    model = TINY["llama"]().to(torch.bfloat16)
+    step = decode_inputs(model, cache=64)
+    planned = fxopt.plan(model, fxopt.AsyncSoftmax(), inputs=step, target="h200")
+    monkeypatch.setattr("fxopt.codegen.lowering.KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr("fxopt.codegen.roofline.current_device", lambda device=None: roofline.DEVICES["H200"])
+    fxopt.compile(model, fxopt.AsyncSoftmax())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="needs a GPU"):  # compiled, and then there is none
+        model(**step)
+    done = fxopt.report(model)
+    told = {k.name: (k.family, k.modules, k.source) for k in done.kernels}
+    assert told == {k.name: (k.family, k.modules, k.source) for k in planned.kernels} and "attention" in str(told)
+    assert done.count("async_softmax") == planned.count("async_softmax") == 3
 
 
 def test_a_plan_for_a_target_does_not_depend_on_where_the_model_is():
