@@ -150,9 +150,19 @@ class Report:
         return f"<fxopt.Report of {len(self.graphs)} graphs, {len(self.remarks)} remarks>"
 
     def _repr_html_(self) -> str:
+        """What a notebook shows: the summary, and below it the page in a frame of its own (folded; cut to 400 kB)."""
         from html import escape
 
-        return f"<pre>{escape(self.summary())}</pre>"
+        from fxopt.inspection.html import MissingExtra, page
+
+        text = f"<pre>{escape(self.summary())}</pre>"
+        try:
+            whole = page(self, limit=400_000)
+        except MissingExtra:
+            return text
+        frame = whole.replace("&", "&amp;").replace("'", "&#39;")
+        style = "width:100%;height:40rem;border:1px solid #8884"
+        return f"{text}<details><summary>page</summary><iframe style='{style}' srcdoc='{frame}'></iframe></details>"
 
     # -- writing ------------------------------------------------------------------------------------------------
 

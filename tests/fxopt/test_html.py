@@ -181,6 +181,19 @@ def test_module_tree_folds_alike_layers(made_up, browser, tmp_path):
     assert "×24 alike: 8-31" in browser.js("document.querySelector('.tree').textContent")
 
 
+def test_a_notebook_shows_the_page_in_a_frame(made_up, browser, tmp_path):
+    shown = hostile(made_up(layers=2), HOSTILE)._repr_html_()
+    assert "<script" not in shown.split("srcdoc=")[0] and len(shown) < 600_000
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<body data-ready='true'>{shown}</body>", encoding="utf-8")
+    browser.open(path)
+    browser.js("document.querySelector('details').open = true")
+    inside = "document.querySelector('iframe').contentDocument"
+    browser.wait(f"{inside} && {inside}.body && {inside}.body.dataset.ready === 'true'")
+    assert browser.js("document.images.length") == 0 and browser.js("document.scripts.length") == 0
+    assert browser.js(f"{inside}.querySelectorAll('.strip').length") > 0
+
+
 def test_hostile_report_in_the_browser(made_up, browser, tmp_path):
     path = hostile(made_up(layers=2), HOSTILE).to_html(tmp_path / "r.html")
     browser.open(path, "g0.m:" + "x")
