@@ -121,6 +121,15 @@ def test_nothing_beyond_the_extent_is_read():
     assert attention(**inputs | {"extent": None}).isnan().any()
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_off_the_cpu_no_value_is_read_on_the_host(tokens):
+    """The meta device has no values: asking for one fails."""
+    inputs = sample_inputs(tokens=tokens, filled=64)
+    given = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in inputs.items()}
+    assert given["extent"].is_meta
+    assert attention(**given).shape == attention(**inputs).shape
+
+
 def test_rows_of_different_padding():
     mask = torch.arange(64) < torch.tensor([5, 41])[:, None, None, None]
     mask[0, ..., :2] = False

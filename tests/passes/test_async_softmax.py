@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxopt
 from fxopt.codegen import lowering
@@ -135,6 +136,37 @@ def test_phi_from_a_soft_cap(kernels_everywhere):
     torch.testing.assert_close(call(graph_module), capped(*inputs()))
     assert "the soft-cap 50" in remarks[0].message
     assert launched[-1][0].tolist() == [0.0] * HKV
+
+
+class NoHostReads(TorchDispatchMode):
+    """Forbids what makes the host wait for a value of the device."""
+
+    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name.removeprefix("aten::").lstrip("_") not in {w.lstrip("_") for w in self.WAITS}, func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("technique", [AsyncSoftmax(), AsyncSoftmax(phi=1.0), AsyncSoftmax(phi="online"),
+                                       AsyncSoftmax(ranges=((-2.0, 6.0), (3.0, 12.0)))])  # fmt: skip
+@pytest.mark.parametrize("function", [step, capped])
+def test_a_lowered_step_reads_nothing_on_the_host(function, technique, kernels_everywhere, monkeypatch):
+    """Cache write, extent, phi and counts of the whole rewritten graph stay tensors; only the kernel is missing."""
+    graph_module, remarks = rewritten(function, technique)
+    assert [r.status for r in remarks] == ["applied"]
+    seen = []
+
+    def launch(query, *rest, **options):
+        seen.append(rest)
+        return torch.zeros(*query.shape[:3], rest[1].shape[3]), torch.zeros(2, dtype=torch.int64)
+
+    monkeypatch.setattr(lowering, "launch", launch)
+    with NoHostReads():
+        call(graph_module)
+    assert all(t is None or isinstance(t, torch.Tensor) for t in seen[-1])
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
+        int(torch.tensor(3))
 
 
 def test_prompts_are_left_alone(kernels_everywhere):
