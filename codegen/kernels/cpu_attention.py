@@ -12,7 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,13 @@ SPLIT = 512
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 4}
 """Query rows behind one KV head (group size times new tokens) up to which this is faster than the library's matrix
 products; those have instructions of their own for bfloat16. Measured: docs/decisions.md."""
-
 STORED = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 """Dtypes of query, key and value, and the C++ type of an element."""
 
-_INTEGERS = 21
+_ABSENT, _SEEN, _BIAS = 0, 1, 2
 _TENSORS = ("query", "key", "value", "seen", "bias", "sinks", "out", "scratch")
+_INTEGERS = 21
+Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,23 @@ def source(variant: CpuAttention) -> str:
 
 def chosen(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, soft_cap: float) -> CpuAttention | None:
     """The variant for these tensors (real or fake), or None where the PyTorch body is the better or the only way."""
-    heads, tokens, width = query.shape[1:]
-    kv_heads, value_width = key.shape[1], value.shape[3]
-    if is_causal or query.dtype not in STORED or not (query.dtype == key.dtype == value.dtype):
+    dtypes = (query.dtype, key.dtype, value.dtype)
+    steps = (query.stride(), key.stride(), value.stride())
+    return _variant(dtypes, (query.shape, key.shape, value.shape), steps, is_causal, soft_cap > 0)
+
+
+def _variant(
+    dtypes: tuple[torch.dtype, ...], shapes: tuple[Sizes, ...], steps: tuple[Sizes, ...], is_causal: bool, capped: bool
+) -> CpuAttention | None:
+    (_, heads, tokens, width), (_, kv_heads, _, _), (*_, value_width) = shapes
+    if is_causal or len(set(dtypes)) != 1 or dtypes[0] not in STORED:
         return None
     if width % LANES or value_width % LANES or width > 256 or value_width > 256 or heads % kv_heads:
         return None
     rows = heads // kv_heads * tokens
-    if rows > MOST_ROWS[query.dtype] or not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+    if rows > MOST_ROWS[dtypes[0]] or any(step[3] != 1 for step in steps):
         return None
-    return CpuAttention(query.dtype, width, value_width, 4 if rows > 2 else rows, soft_cap > 0)
+    return CpuAttention(dtypes[0], width, value_width, 4 if rows > 2 else rows, capped)
 
 
 def run(
@@ -96,53 +104,79 @@ def run(
     soft_cap: float,
 ) -> Tensor | None:
     """Attention [B, Hq, T, DV] in the memory of [B, T, Hq, DV], or None; arguments as of the operator."""
-    variant = chosen(query, key, value, is_causal=is_causal, soft_cap=soft_cap)
-    # The kernel trusts its arguments; what does not fit together is the body's to refuse.
-    if variant is None or not _fit(query, key, value, mask, sinks):
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
+        mask = mask.float()
+    call = _call(
+        (query.dtype, key.dtype, value.dtype),
+        (query.shape, key.shape, value.shape),
+        (query.stride(), key.stride(), value.stride()),
+        None if mask is None else (mask.dtype, mask.shape, mask.stride()),
+        None if sinks is None else sinks.shape,
+        is_causal,
+        soft_cap > 0,
+    )
+    if call is None:
         return None
-    kernel = compiled(variant)
-    if kernel is None:
-        return None
-    batch, heads, tokens, _ = query.shape
-    kv_heads, length, width = key.shape[1], key.shape[2], value.shape[3]
-    if extent is not None:
-        length = max(1, min(int(extent), length))
-    rows = heads // kv_heads * tokens
-    splits = -(-length // SPLIT)
-    # One allocation; the kernel writes all that it reads.
-    scratch = torch.empty(batch * kv_heads * splits * rows * (width + 2))
-    out = query.new_empty(batch, tokens, heads, width)
-    seen = bias = scratch  # stands for an absent tensor; never read
-    strides: tuple[int, ...] = (0, 0, 0, 0)
-    kind = 0
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            seen, kind = mask, 1
-        else:
-            mask, kind = mask.float(), 2
-            bias = mask
-        steps = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
-        strides = (0,) * (4 - len(steps)) + tuple(steps)
-    qs, ks, vs = query.stride(), key.stride(), value.stride()
-    kernel(
-        query, key, value, seen, bias, scratch if sinks is None else sinks.float().contiguous(), out, scratch,
-        batch, kv_heads, heads // kv_heads, tokens, length, qs[0], qs[1], qs[2], ks[0], ks[1], ks[2],
-        vs[0], vs[1], vs[2], *strides, kind, int(sinks is not None), torch.get_num_threads(), scale, soft_cap or 1.0,
+    length = call.length if extent is None else max(1, min(int(extent), call.length))
+    # The kernel writes all that it reads. Where something is absent it gets this in its place and does not look.
+    scratch = torch.empty(call.split_floats * (-(-length // SPLIT)))
+    out = query.new_empty(call.out_shape)
+    call.kernel(
+        query, key, value, mask if call.mask_kind == _SEEN else scratch, mask if call.mask_kind == _BIAS else scratch,
+        scratch if sinks is None else sinks.float().contiguous(), out, scratch,
+        *call.sizes, length, *call.steps, torch.get_num_threads(), scale, soft_cap or 1.0,
     )  # fmt: skip
     return out.transpose(1, 2)
 
 
-def _fit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> bool:
-    batch, heads, tokens, _ = query.shape
-    length = key.shape[2]
-    if not length or key.shape[0] != batch or value.shape[:3] != key.shape[:3]:
-        return False
-    if sinks is not None and sinks.shape != (heads,):
-        return False
-    if mask is None:
-        return True
-    sizes = (batch, heads, tokens, length)[4 - mask.ndim :]
-    return mask.ndim <= 4 and all(own in (1, size) for own, size in zip(mask.shape, sizes, strict=True))
+class _Call(NamedTuple):
+    """What dtypes, shapes and strides decide. Found once and looked up after that: a decode step is short."""
+
+    kernel: Callable[..., Any]
+    length: int
+    split_floats: int
+    """Scratch of one split of the cache."""
+    out_shape: tuple[int, int, int, int]
+    mask_kind: int
+    sizes: Sizes
+    steps: Sizes
+
+
+@functools.lru_cache(maxsize=512)
+def _call(
+    dtypes: tuple[torch.dtype, ...],
+    shapes: tuple[Sizes, ...],
+    steps: tuple[Sizes, ...],
+    mask: tuple[torch.dtype, Sizes, Sizes] | None,
+    sinks: Sizes | None,
+    is_causal: bool,
+    capped: bool,
+) -> _Call | None:
+    query, key, value = shapes
+    batch, heads, tokens, _ = query
+    kv_heads, length, width = key[1], key[2], value[3]
+    variant = _variant(dtypes, shapes, steps, is_causal, capped)
+    # The kernel trusts its arguments; what does not fit together is the body's to refuse.
+    if variant is None or not length or key[0] != batch or value[:3] != key[:3] or sinks not in (None, (heads,)):
+        return None
+    kind, mask_steps = _ABSENT, (0, 0, 0, 0)
+    if mask is not None:
+        dtype, sizes, own_steps = mask
+        whole = (batch, heads, tokens, length)[4 - len(sizes) :]
+        if len(sizes) > 4 or any(own not in (1, size) for own, size in zip(sizes, whole, strict=True)):
+            return None
+        kind = _SEEN if dtype == torch.bool else _BIAS
+        broadcast = [0 if size == 1 else step for size, step in zip(sizes, own_steps, strict=True)]
+        mask_steps = (*[0] * (4 - len(sizes)), *broadcast)  # type: ignore[assignment]
+    kernel = compiled(variant)
+    if kernel is None:
+        return None
+    group = heads // kv_heads
+    return _Call(
+        kernel, length, batch * kv_heads * group * tokens * (width + 2), (batch, tokens, heads, width), kind,
+        (batch, kv_heads, group, tokens),
+        (*steps[0][:3], *steps[1][:3], *steps[2][:3], *mask_steps, kind, int(sinks is not None)),
+    )  # fmt: skip
 
 
 @functools.cache

@@ -181,8 +181,12 @@ def test_without_a_compiler(monkeypatch):
     def refuse(types, text):
         raise compat.KernelNotCompiled("c++: not found")
 
+    def forget():
+        compiled.cache_clear()
+        cpu_attention._call.cache_clear()
+
     monkeypatch.setattr(compat, "cpp_function", refuse)
-    compiled.cache_clear()
+    forget()
     inputs = sample_inputs(filled=20)
     try:
         with pytest.warns(UserWarning, match="c\\+\\+: not found.*runs in PyTorch"):
@@ -191,7 +195,7 @@ def test_without_a_compiler(monkeypatch):
             warnings.simplefilter("error")
             assert torch.equal(OP(**inputs), out)
     finally:
-        compiled.cache_clear()
+        forget()
     assert torch.equal(out, attention(**inputs))
 
 
