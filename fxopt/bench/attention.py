@@ -3,7 +3,8 @@
 Four attentions run one after another in one graph, as in a model, each on a cache of its own; times are for one. (One
 alone, called between other work, mostly measures how cold Python is.) Every peer writes the new key and value and
 attends with one new token. The peers that read the whole cache are shown at every filled length; the bound is the time
-to read the filled keys and values at the bandwidth that a plain sum over a large tensor reaches on this machine.
+to read the filled keys and values at the best bandwidth that a sum or a matrix-vector product over a large tensor
+reached on this machine, measured anew at each filled length.
 """
 
 from __future__ import annotations
@@ -68,8 +69,7 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
     length, rounds = (1024, 5) if quick else (4096, 16)
     command = f"fxopt bench attention{' --quick' if quick else ''} --device {device}"
     result = Result("attention", command, environment(device))
-    bandwidth = read_bandwidth(device, 1 << (22 if quick else 26))
-    result.remarks.append(f"read bandwidth of this machine, by a sum: {bandwidth / 1e9:.1f} GB/s")
+    bandwidth = 0.0
     forms: dict[str, Callable[..., Tensor]] = {
         "fxopt": fxopt_compile(Decode("repeated", length, device)),
         "HF eager": Decode("packed", length, device),
@@ -86,19 +86,23 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
             at = torch.tensor([filled - 1], device=device)
             mask = (torch.arange(length, device=device) < filled)[None, None, None]
             masks = {name: _block_mask(filled, length, device) if name == FLEX else mask for name in forms}
+            bandwidth = max(bandwidth, read_bandwidth(device, 1 << (22 if quick else 26)))
             peers = [_peer(name, form, (q, k, v, at, masks[name])) for name, form in forms.items()]
             peers = [peer for peer in peers if peer.name != FLEX or _works(peer)]
             check_equal(peers, tolerance=1e-4)
             rows = measure(f"filled {filled} of {length}", peers, rounds=rounds, device=device, progress=step)
             for row in rows:
                 row.median, row.low, row.high = (t / LAYERS for t in (row.median, row.low, row.high))
-                row.bound = 2 * filled * KV_HEADS * WIDTH * 4 / bandwidth
+                row.bound = 2 * filled * KV_HEADS * WIDTH * 4.0  # bytes, until the bandwidth is known
             result.rows += rows
             readers = {r.peer: r.ratio for r in rows if r.peer not in ("fxopt", FLEX) and r.ratio is not None}
             best = min(readers, key=readers.__getitem__)
             said = f"filled {filled}: {readers[best]:.2f}x the best reader of the whole cache ({best})"
             flexible = next((r.ratio for r in rows if r.peer == FLEX), None)
             result.remarks.append(said + (f", {flexible:.2f}x FlexAttention" if flexible is not None else ""))
+    for row in result.rows:
+        row.bound = None if row.bound is None else row.bound / bandwidth
+    result.remarks.append(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s")
     return result
 
 
@@ -134,11 +138,13 @@ def _works(peer: Peer) -> bool:
 
 
 def read_bandwidth(device: str, elements: int) -> float:
-    """Bytes per second of a sum over float32, best of eight."""
-    data = torch.ones(elements, device=device)
+    """Bytes per second of the faster of a sum and a matrix-vector product over float32, best of six each."""
+    data = torch.ones(elements // 4096, 4096, device=device)
+    vector = torch.ones(4096, device=device)
     best = float("inf")
-    for _ in range(8):
+    readers: tuple[Callable[[], Tensor], ...] = (data.sum, lambda: torch.mv(data, vector)[-1])
+    for read in readers * 6:
         started = time.perf_counter()
-        float(data.sum())
+        float(read())
         best = min(best, time.perf_counter() - started)
     return data.numel() * data.element_size() / best

@@ -34,8 +34,6 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
     length, rounds = (512, 5) if quick else (4096, 12)
     command = f"fxopt bench decode_step{' --quick' if quick else ''} --device {device}"
     result = Result("decode_step", command, environment(device))
-    bandwidth = read_bandwidth(device, 1 << (22 if quick else 28))
-    result.remarks.append(f"read bandwidth of this machine, by a sum: {bandwidth / 1e9:.1f} GB/s")
     model = _weights_of_no_meaning(**(QUICK if quick else FULL)).to(device)
     # The output head is the embedding: its rows are read once, as the head.
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -50,18 +48,23 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
     config: Any = model.config
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     filled_lengths = (length // 8, length // 4, length // 2, length)
+    bandwidth, said = 0.0, []
     with progress_bar("decode_step", rounds * len(filled_lengths)) as tick, torch.no_grad():
         for filled in filled_lengths:
+            bandwidth = max(bandwidth, read_bandwidth(device, 1 << (22 if quick else 28)))
             peers = [_peer(name, step, filled) for name, step in steps.items()]
             check_equal(peers, tolerance=1e-3)
             rows = measure(f"filled {filled} of {length}", peers, rounds=rounds, device=device, progress=tick)
-            for row in rows:
-                row.bound = (weights + cached * filled) / bandwidth
-                row.note = f"{row.bound / row.median:.0%} of the read bandwidth"
             result.rows += rows
             others = {r.peer: r.ratio for r in rows[1:] if r.ratio is not None and r.peer != STOCK}
             best = min(others, key=others.__getitem__)
-            result.remarks.append(f"filled {filled}: {others[best]:.2f}x the best peer ({best}), {rows[0].note}")
+            said.append((rows, f"filled {filled}: {others[best]:.2f}x the best peer ({best})"))
+    result.remarks.append(f"read bandwidth of this machine: {bandwidth / 1e9:.1f} GB/s")
+    for (rows, remark), filled in zip(said, filled_lengths, strict=True):
+        for row in rows:
+            row.bound = (weights + cached * filled) / bandwidth
+            row.note = f"{row.bound / row.median:.0%} of the read bandwidth"
+        result.remarks.append(f"{remark}, {rows[0].note}")
     return result
 
 
