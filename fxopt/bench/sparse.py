@@ -5,6 +5,7 @@ own and attends with one new token; the sparse ones also keep their state, score
 rewrite of this project (grouped queries, filled part of the cache). A bound is the bytes that the method has to read,
 at the bandwidth that a plain sum reaches here: pages, the bounds (in bfloat16 beside a float32 cache) and what is
 chosen; double sparsity, the label cache and what is chosen; exact, all keys and values.
+On a GPU :mod:`.sparse_gpu` runs instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxopt.bench import sparse_gpu
 from fxopt.bench.attention import HEADS, KV_HEADS, LAYERS, WIDTH, Decode, read_bandwidth
 from fxopt.bench.harness import Peer, Result, check_equal, environment, measure, progress_bar
 from fxopt.compiler import compile as fxopt_compile
@@ -42,6 +44,8 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
 
     2304 is where `pages` and `double_sparsity` have just begun to choose.
     """
+    if device != "cpu":
+        return sparse_gpu.run(device=device, quick=quick)
     lengths, rounds = ((8192,), 5) if quick else ((2304, 4096, 8192, 32768), 24)
     command = f"fxopt bench sparse{' --quick' if quick else ''} --device {device}"
     result = Result("sparse", command, environment(device))

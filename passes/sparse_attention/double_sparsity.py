@@ -7,12 +7,14 @@ all positions on those channels, takes the best, one list a KV head, and attends
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxopt.codegen.ops.sparse_state import QUANTUM
 from fxopt.passes.attention import AttentionSite
+from fxopt.passes.confidence import inline
 from fxopt.passes.context import PassContext
 from fxopt.passes.nodes import value_of
 from fxopt.passes.sparse_attention import selection
@@ -83,7 +85,12 @@ def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext,
         return
     lists = channels_for(setting, site.kv_heads, value_of(site.key).shape[3])
     state = made.state(("channels", lists, setting.bits), labels(len(lists[0]), setting.bits, value_of(site.key).dtype))
-    channels = made.call(torch.tensor, [list(listed) for listed in lists], device=site.device)
+    if site.device.type == "cpu":
+        channels = made.call(torch.tensor, [list(listed) for listed in lists])
+    else:
+        # A tensor of a list would be copied from the host in every step.
+        table = functools.partial(spelled_out, lists)
+        channels = inline(table, (site.query,), context.rewriter, before=site.output, like=site.output)
     ops = torch.ops.fxopt
     options = {
         "extent": made.extent, "channels": channels, "scales": state.get("scales"), "least": made.least,
@@ -93,6 +100,22 @@ def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext,
     scores = made.call(ops.feature_scores.default, site.query, state["features"], **options)
     kept = f" in {setting.bits} bits" if setting.bits else ""
     made.attend(scores, f"by {len(lists[0])} channels{kept}, {setting.sinks} sinks and the {NEWEST} newest")
+
+
+WORD = 7
+"""Channels, below 256, in one whole number of 64 bits with a sign."""
+
+
+def spelled_out(lists: tuple[tuple[int, ...], ...], like: torch.Tensor) -> torch.Tensor:
+    """Lists of channels as [Hkv, C] int64 on the device of `like`, made there out of a few numbers in the graph."""
+    words = [
+        sum(channel << (8 * place) for place, channel in enumerate(listed[at : at + WORD]))
+        for listed in lists
+        for at in range(0, len(listed), WORD)
+    ]
+    packed = torch.cat([like.new_full((1,), word, dtype=torch.int64) for word in words])
+    shifts = like.new_full((WORD,), 8, dtype=torch.int64).cumsum(0) - 8
+    return ((packed[:, None] >> shifts) & 255).reshape(len(lists), -1)[:, : len(lists[0])]
 
 
 def labels(count: int, bits: int | None, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-import fxopt.codegen.ops.sparse_select  # noqa: F401  (registers the operators)
+from fxopt.codegen import lowering, lowering_sparse
+from fxopt.codegen.kernels import Unsupported
 from fxopt.passes.attention import AttentionSite
 from fxopt.passes.attention_rewrite import mask_node, replace_output
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import cache_of, grown_from
 from fxopt.passes.masks import read_extent_node
+from fxopt.passes.nodes import value_of
 from fxopt.passes.sparse_attention.settings import budgets, least_blocks
 from fxopt.passes.sparse_attention.sizes import Size, Sizes
 from fxopt.passes.state import Shape, add_state
@@ -85,8 +87,9 @@ def plan(
 ) -> Plan | None:  # fmt: skip
     """Make what comes before the scores; None, with a remark, where this attention stays as it is."""
     cache = cache_of(site)
-    if site.device.type != "cpu":
-        context.missed("FX303", site.output, "selection has no generated kernels for this device yet")
+    missing = missing_kernels(site, setting, block)
+    if missing is not None:
+        context.missed("FX303", site.output, missing)
         return None
     if cache.kind == "sliding":
         message = (
@@ -131,6 +134,24 @@ def plan(
         dense_heads=tuple(h for h, c in enumerate(counts) if c is None),
         least=sizes.most((sizes.times(count, block), setting.dense_below - 1)),
     )  # fmt: skip
+
+
+def missing_kernels(site: AttentionSite, setting: SparseAttention, block: int) -> str | None:
+    """Why nothing can choose and gather `block` positions at a time where these tensors are; None where it can.
+
+    On the CPU the operators are PyTorch; elsewhere they are kernels, because PyTorch would wait for the device.
+    """
+    if site.device.type == "cpu":
+        return None
+    if site.device.type not in lowering.KERNEL_DEVICES:
+        return f"there are no kernels for {site.device.type}; they need CUDA or ROCm"
+    tensors = [value_of(node) for node in (site.query, site.key, site.value)]
+    try:
+        own = (0,) if setting.heads is not None else ()
+        lowering_sparse.check(*tensors, soft_cap=site.soft_cap, block=block, dense_heads=own)
+    except Unsupported as reason:
+        return str(reason)
+    return None
 
 
 def _covers(tokens: Size, length: Size) -> bool:

@@ -11,6 +11,7 @@ from fxopt.passes.attention import AttentionSite
 from fxopt.passes.attention_rewrite import mask_node, replace_output
 from fxopt.passes.context import PassContext
 from fxopt.passes.masks import read_extent_node
+from fxopt.passes.sparse_attention.selection import missing_kernels
 from fxopt.passes.sparse_attention.settings import budgets
 from fxopt.passes.sparse_attention.sizes import Sizes
 from fxopt.passes.technique import SettingError
@@ -44,11 +45,9 @@ def state_elements(setting: SparseAttention, width: int) -> float:
 
 def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext, shared: dict[Any, Any]) -> None:
     """Put the gathered form in the place of one attention."""
-    if site.device.type != "cpu" and (setting.dense_below or setting.heads is not None):
-        what = "heads: no kernel here gives each its own list" if setting.heads is not None else (
-            "min_length: no kernel here switches to dense on the device; set it to 0"
-        )  # fmt: skip
-        context.missed("FX303", site.output, what)
+    missing = missing_kernels(site, setting, block=1)
+    if missing is not None:
+        context.missed("FX303", site.output, missing)
         return
     call, like = context.rewriter.call, site.output
     sizes = Sizes(context.rewriter, like)
