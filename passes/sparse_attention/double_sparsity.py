@@ -37,8 +37,8 @@ def state_elements(setting: SparseAttention, width: int) -> float:
 
 
 def default_channels(width: int) -> int:
-    """A sixteenth of a head's channels, in rotated pairs."""
-    return max(2, width // 32 * 2)
+    """A sixteenth of a head's channels, in rotated pairs, and eight of a narrow head: two of 32 lose the needles."""
+    return min(width, max(8, width // 32 * 2))
 
 
 def check(setting: SparseAttention) -> None:
