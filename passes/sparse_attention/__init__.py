@@ -52,8 +52,8 @@ class SparseAttention(Technique):
             (retrieval heads, DuoAttention, arXiv 2410.10819). A mapping ``{index: budget}``: these have a budget of
             their own, 1.0 for everything, and the others that of the setting. None is all.
         select: instead of a method, a traced function ``(q, keys, state) -> scores or indices``, see :mod:`.own`.
-        channels: for ``"double_sparsity"``, how many to calibrate (None: a sixteenth of a head's, at least 8), or one tuple of
-            channels for each KV head, as a recipe of ``fxopt.tune`` holds them.
+        channels: for ``"double_sparsity"``, how many to calibrate (None: a sixteenth of a head's, at least 8), or one
+            tuple of channels for each KV head, as a recipe of ``fxopt.tune`` holds them.
         bits: for ``"double_sparsity"``, 8 or 4: labels are quantised (int8, int4); None keeps the cache's dtype.
 
     Where the budget covers the filled cache the result is that of dense attention. Raises SettingError.
