@@ -71,9 +71,8 @@ def attend_to(
             _in_stretches(packed[some], keys, values, some, (count, stretch), hidden, own, scale, soft_cap, out[some])
         else:
             # The library's kernel sums products of halves in float32; a matmul would round each score.
-            parts = keys.take(some, 0, count), values.take(some, 0, count)
             out[some] = F.scaled_dot_product_attention(
-                packed[some][:, None], *(p[:, None] for p in parts),
+                packed[some][:, None], keys.take(some, 0, count)[:, None], values.take(some, 0, count)[:, None],
                 attn_mask=None if hidden is None else hidden[:, None], scale=scale,
             )[:, 0]  # fmt: skip
     return out.view(batch, 1, kv_heads * group, value.shape[3]).transpose(1, 2)
@@ -184,5 +183,5 @@ def _at_once(
         # From [B, Hkv, G, K] back to one row for each query head.
         chosen = chosen.expand(-1, kv_heads, group, -1).flatten(1, 2)[:, :, None]
     at = positions[..., None].expand(batch, kv_heads, -1, 1)
-    taken = [t.gather(2, at.expand(-1, -1, -1, t.shape[3])) for t in (key, value)]
-    return attention(query, *taken, chosen, None, sinks, scale=scale, soft_cap=soft_cap)
+    keys, values = (t.gather(2, at.expand(-1, -1, -1, t.shape[3])) for t in (key, value))
+    return attention(query, keys, values, chosen, None, sinks, scale=scale, soft_cap=soft_cap)

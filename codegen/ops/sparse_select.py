@@ -134,7 +134,7 @@ def choose(
     valid = keep.sum(-1)
     index = torch.where(keep, top.indices, -1)
     if not ordered and int(valid.min()) < keep.shape[-1]:
-        index = index.gather(-1, keep.to(torch.int8).argsort(-1, descending=True, stable=True))
+        index = index.gather(-1, keep.to(torch.int8).argsort(dim=-1, descending=True, stable=True))
     if index.shape[-1] < count:
         index = torch.nn.functional.pad(index, (0, count - index.shape[-1]), value=-1)
     return index, valid

@@ -58,10 +58,8 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
 
 def setting(method: str, budget: float, importance: torch.Tensor) -> SparseAttention:
     """One method at one budget, from the first filled position on; ``importance: [Hkv, D]`` for the label channels."""
-    own = (
-        {"channels": heaviest(importance, default_channels(importance.shape[1]))} if method == "double_sparsity" else {}
-    )
-    return SparseAttention(method=method, budget=budget, min_length=0, **own)
+    channels = heaviest(importance, default_channels(importance.shape[1])) if method == "double_sparsity" else None
+    return SparseAttention(method=method, budget=budget, min_length=0, channels=channels)
 
 
 class Needles:

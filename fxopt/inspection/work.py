@@ -102,7 +102,8 @@ def _cost(row: NodeRow, by_name: dict[str, NodeRow], taken: list[NodeRow]) -> Co
         return None
     if name == "fused_linear" and (lists := _LISTS.match(row.args)):
         weights = [by_name[word] for word in lists[2].split(", ") if word in by_name]
-        flops = 2.0 * sum(prod(shapes[0][:-1]) * prod(_sizes(w.shape) or ()) for w in weights)  # type: ignore[index]
+        rows = prod((shapes[0] or ())[:-1])
+        flops = 2.0 * sum(rows * prod(_sizes(weight.shape) or ()) for weight in weights)
     elif "attention" in name and len(shapes[1] or ()) > 1:
         flops = 4.0 * prod(outs[0] or ()) * shapes[1][-2]  # type: ignore[index]
         results = results[:1]

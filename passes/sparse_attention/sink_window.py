@@ -62,8 +62,7 @@ def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext,
         length = sizes.length(site) if any(isinstance(a, float) for a in amounts) else 0
         least = setting.sinks + 1
         tokens = [least if a is None else sizes.tokens(a, length, least) for a in amounts]
-        given = {} if mask is None else {"mask": mask}
-        given["sinks"] = setting.sinks
+        given: dict[str, Any] = {"sinks": setting.sinks} | ({} if mask is None else {"mask": mask})
         if len(set(amounts) - {None}) > 1:
             # A dense head's list is not read.
             given["counts"] = tokens
