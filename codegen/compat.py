@@ -160,11 +160,6 @@ def on_generate_of_wrapped_model(notice: Any) -> None:
     OptimizedModule.__getattr__ = __getattr__  # type: ignore[method-assign]
 
 
-def constexpr_defaults(kernel_fn: Any) -> dict[str, Any]:
-    """Compile-time parameters of a jit function that carry a default, with it."""
-    return {p.name: p.default for p in kernel_fn.params if p.is_constexpr and p.has_default}
-
-
 def compile_alone(backend: Any) -> Any:
     """``f(model, args, kwargs)`` that runs `model` compiled by `backend`, with static shapes, apart from all else.
 
@@ -195,12 +190,47 @@ class KernelNotCompiled(Exception):
 
 
 def compile_ahead(kernel_fn: Any, arguments: Sequence[Any], grid: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Compiles a jit function for the current device and these arguments without launching it."""
+    """Compiles a jit function for the current device without launching it; a dtype stands for a tensor of it."""
     try:
-        kernel_fn.warmup(*arguments, grid=grid, **options)
+        compiled = kernel_fn.warmup(*arguments, grid=grid, **options)
+        # Whether the device has the shared memory and registers is asked when the binary is loaded.
+        if hasattr(compiled, "_init_handles"):
+            compiled._init_handles()
     except RuntimeError as problem:
         # MLIR pass failures are bare RuntimeErrors; nothing runs on the device here, so none is the device's.
         raise KernelNotCompiled(str(problem)) from problem
+
+
+@functools.lru_cache(maxsize=4096)
+def configured(kernel_fn: Any, constants: tuple[tuple[str, int], ...], num_warps: int, num_stages: int) -> Any:
+    """A jit function together with one configuration, in the form in which Inductor takes it: nothing is tuned.
+
+    The same object for the same arguments: Inductor compiles a kernel once for all nodes that launch it.
+    """
+    import triton
+
+    config = triton.Config(dict(constants), num_warps=num_warps, num_stages=num_stages)
+    return triton.autotune([config], key=[])(kernel_fn)
+
+
+def kernel_node(
+    graph: Any, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], written: list[str]
+) -> Any:
+    """A node that launches `kernel` (see :func:`configured`), functional: it yields `written` by name, filled."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+
+    return graph.call_function(
+        triton_kernel_wrapper_functional,
+        (),
+        {
+            "kernel_idx": kernel_side_table.add_kernel(kernel),
+            "constant_args_idx": kernel_side_table.add_constant_args({}),
+            "grid": [grid],
+            "tma_descriptor_metadata": {},
+            "kwargs": arguments,
+            "tensors_to_clone": written,
+        },
+    )
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

@@ -8,6 +8,7 @@ decides, which knows the device's peaks but not how good its library is.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import platform
 import re
@@ -23,7 +24,7 @@ import torch
 from fxopt.codegen import compat, roofline
 from fxopt.codegen.files import write_whole
 from fxopt.codegen.kernels import Unsupported
-from fxopt.codegen.kernels.epilogue import Epilogue, Extra, Output, Step, dtype_name
+from fxopt.codegen.kernels.epilogue import FLOATS, Epilogue, Extra, Output, Step, dtype_name
 from fxopt.codegen.kernels.gemm import MAX_ROWS, Config, Family, FusedLinear, configure, reference, shared_bytes
 from fxopt.codegen.kernels.gemm_launch import run
 from fxopt.codegen.source import cache_folder
@@ -32,6 +33,8 @@ Choice = Literal["gemv", "flat", "library"]
 TorchDevice = torch.device
 MEASURED_ROWS = (1, 2, 3, 4, 8, 16, 32, 64)
 SCHEMA = 1
+SHIPPED = Path(__file__).parent / "tables"
+"""Tables that were measured on real GPUs and ship with the project."""
 
 
 @dataclass(frozen=True)
@@ -144,32 +147,50 @@ class Table:
         return table
 
 
-def find_table(key: TableKey, path: Path | str | None = None) -> Table | None:
-    """The table for `key`: at `path` (a file or a folder), else in the cache, else among those that ship.
-
-    A file for another GPU, version or dtype, or one that cannot be read, is ignored with one warning.
-    """
+def places(key: TableKey, path: Path | str | None = None) -> list[Path]:
+    """Where a table for `key` may lie: at `path` (file or folder), else in the cache, else among those that ship."""
     if path is not None:
         given = Path(path)
-        places = [given / key.file_name if given.is_dir() else given]
-    else:
-        places = [cache_folder() / "tables" / key.file_name, Path(__file__).parent / "tables" / key.file_name]
-    for place in places:
+        return [given / key.file_name if given.is_dir() else given]
+    return [cache_folder() / "tables" / key.file_name, SHIPPED / key.file_name]
+
+
+def find_table(key: TableKey, path: Path | str | None = None) -> Table | None:
+    """The table for `key` in the first of its :func:`places` that holds one.
+
+    Files for another GPU, version or dtype, or that cannot be read, are ignored; where no table is left, one warning
+    says why.
+    """
+    refused = []
+    for place in places(key, path):
         if not place.exists():
             continue
         try:
             table = Table.load(place)
         except (OSError, ValueError) as problem:
-            warnings.warn(f"fxopt ignores the table {place}: {problem}")
+            refused.append(f"the table {place}: {problem}")
             continue
         if table.key == key:
             return table
         pairs = zip(asdict(table.key).items(), asdict(key).values(), strict=True)
         differs = ", ".join(f"{name} {theirs} instead of {ours}" for (name, theirs), ours in pairs if theirs != ours)
-        warnings.warn(f"fxopt ignores the table {place}: it was measured with {differs}; run `fxopt tune` to measure")
-    if path is not None and not places[0].exists():
-        warnings.warn(f"fxopt finds no table at {places[0]}; the roofline model decides")
+        refused.append(f"the table {place}: it was measured with {differs}")
+    if refused:
+        ending = "; `fxopt tune MODEL --only flat_gemm` measures one for this machine"
+        warnings.warn(f"fxopt ignores {' and '.join(refused)}{ending}")
+    elif path is not None:
+        warnings.warn(f"fxopt finds no table at {places(key, path)[0]}; the roofline model decides")
     return None
+
+
+def tables_digest(path: str = "") -> str:
+    """Hash of the tables that decisions on this machine may rest on: compiled code must not outlive them."""
+    found = hashlib.sha256()
+    for dtype in sorted(map(dtype_name, FLOATS)):
+        for place in places(TableKey.current(dtype), path or None):
+            if place.is_file():
+                found.update(place.name.encode() + b"\0" + place.read_bytes())
+    return found.hexdigest()
 
 
 class Dataflow:

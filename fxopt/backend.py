@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxopt import reporting
-from fxopt.codegen import compat
+from fxopt.codegen import compat, post_grad
 from fxopt.kernel_plan import record_kernels_here
 from fxopt.options import Setting, Settings, parse_options
 from fxopt.passes import inputs, order, state
@@ -79,10 +79,15 @@ def compile_graph(
         recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
         gm, wrappers, patches = run_passes(gm, record, recorder, settings)
         record_kernels_here(gm, record)
+        slot = post_grad.patches(gm)
+        patches = {**patches, **slot}
         lowering = time.perf_counter()
         examples = [*example_inputs, *inputs.examples(gm.graph)]
         compiled = compat.compile_with_inductor(gm, examples, settings.mode, patches)
         record.inductor_seconds = time.perf_counter() - lowering
+        for reason in (reason for own in slot.values() for reason in own.refused):
+            message = f"an operator launches its kernel itself, Inductor does not: {reason}"
+            record.remarks.append(Remark("kernels", "analysis", "", message))
     except BaseException as error:
         record.error = f"{type(error).__name__}: {error}"
         raise

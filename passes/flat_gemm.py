@@ -31,7 +31,7 @@ from fxopt.codegen import lowering
 from fxopt.codegen.dataflow import Dataflow
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.gemm import MAX_ROWS
-from fxopt.codegen.kernels.gemm_launch import build
+from fxopt.codegen.kernels.gemm_launch import build, compile_here
 from fxopt.codegen.ops import fused_linear
 from fxopt.passes.context import PassContext
 from fxopt.passes.linear_groups import Group, linears_of, plan_groups
@@ -115,6 +115,7 @@ class FlatGemm(Technique):
             return "FX301", f"{group.describe()}: the library {source} to be faster"
         try:
             kernel = build(fused, config, origin(group))
+            compile_here(kernel, group.rows, value_of(group.x).device)
         except Unsupported as reason:
             return "FX303", f"{group.describe()}: {reason.reason}"
         context.kernel(

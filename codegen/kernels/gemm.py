@@ -104,6 +104,12 @@ class FusedLinear:
         by_output = {o: self.widths[s.products[0]] for s in self.epilogue.segments() for o in s.outputs}
         return tuple(by_output[i] for i in range(len(by_output)))
 
+    def extra_width(self, extra: Extra) -> int:
+        """Columns of what an extra stands beside: K for gamma and beta, else N of the output that reads it."""
+        if extra not in self.epilogue.extras:
+            return self.depth
+        return next(n for i, n in enumerate(self.output_widths) if extra.name in self.epilogue.reach(i))
+
     def encode(self) -> str:
         """A JSON string that says everything; `decode` gives the description back."""
         return json.dumps({**asdict(self), "epilogue": self.epilogue.encode()}, separators=(",", ":"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,44 @@ def run(
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel: its function, grid, run-time parameters in order, constants and compiler options."""
+
+    jit: Any
+    grid: tuple[int, ...]
+    parameters: tuple[str, ...]
+    constants: tuple[tuple[str, int], ...]
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the call."""
+        return {**dict(self.constants), "num_warps": self.warps, "num_stages": self.stages}
+
+
+def launches(kernel: Kernel, rows: int) -> list[Launch]:
+    """What runs for `rows` rows: the multiplication and, where K is split, the ordered sum."""
+    writer, config = kernel.writer, kernel.writer.config
+    grid: tuple[int, ...] = (writer.programs(), math.ceil(rows / config.block_m))
+    grid = grid if kernel.reduce is None else (*grid, writer.splits())
+    constants = tuple(writer.constants().items())
+    found = [Launch(kernel.main, grid, tuple(writer.main_parameters()), constants, config.warps, config.stages)]
+    if kernel.reduce is not None:
+        grid = (writer.programs(), math.ceil(rows / gemm_source.REDUCE_ROWS))
+        constants = tuple(writer.reduce_constants().items())
+        found.append(Launch(kernel.reduce, grid, tuple(writer.reduce_parameters()), constants, 4, 3))
+    return found
+
+
+def workspace(kernel: Kernel, rows: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the float32 tensors that split-K needs between its two kernels; empty without splits."""
+    splits, total = kernel.writer.splits(), sum(kernel.writer.fused.widths)
+    shapes = {"partials": (splits, rows, total), "squares": (splits, rows)}
+    return {name: shapes[name] for name in kernel.writer.workspace()}
+
+
 def _launch(
     kernel: Kernel,
     x: torch.Tensor,
@@ -131,35 +170,59 @@ def _launch(
     extras: dict[str, Any],
     outputs: Sequence[torch.Tensor],
 ) -> None:
-    writer, config, rows = kernel.writer, kernel.writer.config, x.shape[0]
+    rows = x.shape[0]
     values: dict[str, Any] = {"x": x, "x_stride": x.stride(0), "M": rows, **extras}
     for index, weight in enumerate(weights):
         values |= {f"w{index}": weight, f"w{index}_stride": weight.stride(0)}
     values |= {f"out{index}": output for index, output in enumerate(outputs)}
-    grid: tuple[int, ...] = (writer.programs(), math.ceil(rows / config.block_m))
-    if kernel.reduce is not None:
-        splits = writer.splits()
-        values["partials"] = torch.empty(splits, rows, sum(writer.fused.widths), dtype=torch.float32, device=x.device)
-        values["squares"] = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
-        grid = (*grid, splits)
-    options = {**writer.constants(), "num_warps": config.warps, "num_stages": config.stages}
-    calls = [(kernel.main, grid, [values[name] for name in writer.main_parameters()], options)]
-    if kernel.reduce is not None:
-        grid = (writer.programs(), math.ceil(rows / gemm_source.REDUCE_ROWS))
-        arguments = [values[name] for name in writer.reduce_parameters()]
-        calls.append((kernel.reduce, grid, arguments, {"num_warps": 4}))
+    for name, shape in workspace(kernel, rows).items():
+        values[name] = torch.empty(shape, dtype=torch.float32, device=x.device)
+    calls = [(launch, [values[name] for name in launch.parameters]) for launch in launches(kernel, rows)]
+    # Triton launches on the current device, which need not be that of x.
+    with torch.cuda.device_of(x), _refusing(kernel, x.device):
+        # Compiling apart from launching tells a kernel this device cannot have from an error of the device itself.
+        if x.device not in kernel.compiled and not interpreted():
+            _compile(kernel, calls, x.device)
+        for launch, arguments in calls:
+            launch.jit[launch.grid](*arguments, **launch.options)
+
+
+@contextlib.contextmanager
+def _refusing(kernel: Kernel, device: torch.device) -> Iterator[None]:
     try:
-        # Triton launches on the current device, which need not be that of x.
-        with torch.cuda.device_of(x):
-            # Compiling apart from launching tells a kernel this device cannot have from an error of the device itself.
-            if x.device not in kernel.compiled and not interpreted():
-                for jit, grid, arguments, keywords in calls:
-                    compat.compile_ahead(jit, arguments, grid, keywords)
-            kernel.compiled.add(x.device)
-            for jit, grid, arguments, keywords in calls:
-                jit[grid](*arguments, **keywords)
+        yield
     except compat.compile_errors() as problem:
-        raise Unsupported(f"the kernel {kernel.path.name} does not compile for {x.device}: {problem}") from problem
+        raise Unsupported(f"the kernel {kernel.path.name} does not compile for {device}: {problem}") from problem
+
+
+def _compile(kernel: Kernel, calls: Sequence[tuple[Launch, Sequence[Any]]], device: torch.device) -> None:
+    for launch, arguments in calls:
+        compat.compile_ahead(launch.jit, arguments, launch.grid, launch.options)
+    kernel.compiled.add(device)
+
+
+def compile_here(kernel: Kernel, rows: int, device: torch.device) -> None:
+    """Compile a kernel for `device` before anything runs, as it will be called with operands that lie together.
+
+    Does nothing where nothing is compiled: in the interpreter, and on devices that are no GPU.
+
+    Raises:
+        Unsupported: where Triton cannot compile it for this device.
+    """
+    if device.type != "cuda" or device in kernel.compiled or interpreted():
+        return
+    fused = kernel.writer.fused
+    values: dict[str, Any] = {"M": rows, "x_stride": fused.depth, "x": getattr(torch, fused.dtype)}
+    values |= dict.fromkeys(("partials", "squares"), torch.float32)
+    for index, output in enumerate(fused.epilogue.outputs):
+        values[f"out{index}"] = getattr(torch, output.dtype)
+    for extra in fused.extras:
+        values |= {extra.name: getattr(torch, extra.dtype), f"{extra.name}_stride": fused.extra_width(extra)}
+    for index in range(len(fused.widths)):
+        values |= {f"w{index}": getattr(torch, fused.dtype), f"w{index}_stride": fused.depth}
+    calls = [(launch, [values[name] for name in launch.parameters]) for launch in launches(kernel, rows)]
+    with torch.cuda.device(device), _refusing(kernel, device):
+        _compile(kernel, calls, device)
 
 
 _POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "bool": "*i1"}
@@ -183,14 +246,10 @@ def compile_for(fused: FusedLinear, config: Config, target: str) -> dict[str, Co
     if all(width % 16 == 0 for width in fused.widths):
         aligned |= {name for name in types if name.startswith("e") and name.endswith("_stride")}
     found = {}
-    for jit, parameters, constants in (
-        (kernel.main, kernel.writer.main_parameters(), kernel.writer.constants()),
-        (kernel.reduce, kernel.writer.reduce_parameters(), None),
-    ):
-        if jit is not None:
-            defaults = constants or compat.constexpr_defaults(jit)
-            signature = {name: types[name] for name in parameters}
-            found[jit.__name__] = cross_compile(
-                jit, signature, defaults, target, config.warps, config.stages, aligned & set(parameters)
-            )
+    for launch in launches(kernel, config.block_m):
+        signature = {name: types[name] for name in launch.parameters}
+        found[launch.jit.__name__] = cross_compile(
+            launch.jit, signature, dict(launch.constants), target, launch.warps, launch.stages,
+            aligned & set(launch.parameters),
+        )  # fmt: skip
     return found

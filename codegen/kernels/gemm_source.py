@@ -68,6 +68,10 @@ class Writer:
         own = {"K": self.fused.depth, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "STAGES": config.stages}
         return own if config.family == "gemv" else {"BLOCK_M": config.block_m, **own}
 
+    def reduce_constants(self) -> dict[str, int]:
+        """Compile-time parameters of the reduction with their values."""
+        return {"SPLITS": self.splits(), "BLOCK_M": REDUCE_ROWS, "BLOCK_N": self.config.block_n}
+
     def _definition(self, name: str, parameters: Iterable[str], constants: dict[str, int], doc: str) -> list[str]:
         lines = ["", "", "@triton.jit", f"def {name}("]
         lines += [f"    {parameter}," for parameter in parameters]
@@ -323,9 +327,8 @@ class Writer:
 
     def reduce(self) -> list[str]:
         """Adds the splits in order, so that the sum does not depend on which finished first."""
-        constants = {"SPLITS": self.splits(), "BLOCK_M": REDUCE_ROWS, "BLOCK_N": self.config.block_n}
         doc = "Partial sums in order of split, then the epilogue."
-        lines = self._definition("reduce_splits", self.reduce_parameters(), constants, doc)
+        lines = self._definition("reduce_splits", self.reduce_parameters(), self.reduce_constants(), doc)
         lines += self.select(False)
         lines += [
             "    m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]",

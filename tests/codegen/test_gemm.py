@@ -1,5 +1,6 @@
 """Fused linears: epilogues read from FX graphs, descriptions, refusals; kernels run in interpreted_gemm.py."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -14,10 +15,11 @@ from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from fxopt.codegen import roofline
-from fxopt.codegen.kernels import Unsupported
+from fxopt.codegen.kernels import Unsupported, gemm_launch
 from fxopt.codegen.kernels.epilogue import Epilogue, Extra, Output, Step, from_nodes
 from fxopt.codegen.kernels.gemm import Config, FusedLinear, Norm, bucket, configure, reference, shared_bytes
 from fxopt.codegen.kernels.gemm_launch import _launch, build, interpreted, run
+from fxopt.codegen.ops.fused_linear import sample_inputs
 
 HERE = Path(__file__).parent
 
@@ -282,6 +284,36 @@ def test_a_kernel_that_triton_cannot_compile_is_refused(tmp_path, monkeypatch):
     with pytest.raises(Unsupported, match="does not compile for cpu"):
         _launch(kernel, X[0], [W], {}, [torch.empty(3, 6)])
     assert not kernel.compiled
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or interpreted(), reason="pretends that a device is there")
+def test_a_kernel_is_compiled_before_it_runs(tmp_path, monkeypatch):
+    """Every parameter gets a dtype or a number; what the compiler says becomes the reason."""
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(gemm_launch.compat, "compile_ahead", lambda *call: asked.append(call))
+    fused, *_ = sample_inputs(depth=1100, dtype=torch.bfloat16)
+    kernel, device = build(fused, Config("flat", 16, 32, 32, splits=2)), torch.device("cuda", 0)
+    gemm_launch.compile_here(kernel, 3, torch.device("cpu"))
+    assert not asked
+    gemm_launch.compile_here(kernel, 3, device)
+    gemm_launch.compile_here(kernel, 3, device)
+    assert [jit.__name__ for jit, *_ in asked] == ["flat_gemm", "reduce_splits"]
+    assert [len(arguments) for _, arguments, *_ in asked] == [
+        len(kernel.writer.main_parameters()), len(kernel.writer.reduce_parameters())
+    ]  # fmt: skip
+    assert asked[0][1][:3] == [torch.bfloat16, 1100, 3]
+    assert asked[0][3]["num_stages"] == 3
+
+    def fail(*call):
+        raise gemm_launch.compat.KernelNotCompiled("no such instruction")
+
+    monkeypatch.setattr(gemm_launch.compat, "compile_ahead", fail)
+    other = build(fused, Config("gemv", 2, 2, 32))
+    with pytest.raises(Unsupported, match="does not compile for cuda:0: no such instruction"):
+        gemm_launch.compile_here(other, 2, device)
+    assert not other.compiled
 
 
 def test_one_file_for_equal_kernels(tmp_path, monkeypatch):

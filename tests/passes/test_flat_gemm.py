@@ -18,6 +18,7 @@ import fxopt
 import fxopt.passes.flat_gemm as flat_gemm
 from fxopt.codegen import lowering, roofline
 from fxopt.codegen.dataflow import Dataflow
+from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.ops import fused_linear
 from fxopt.passes.context import PassContext
 from fxopt.passes.flat_gemm import FlatGemm, apply_groups, plan_groups
@@ -429,6 +430,18 @@ def test_where_the_library_is_faster_it_stays(kernels_everywhere, monkeypatch):
     outcome = run(mlp, X, technique=FlatGemm())
     assert outcome.codes == [("missed", "FX301")]
     assert outcome.count("fused_linear") == 0
+
+
+def test_a_kernel_that_does_not_compile_here_leaves_the_library(kernels_everywhere, monkeypatch):
+    def refuse(kernel, rows, device):
+        raise Unsupported(f"{kernel.main.__name__} of {rows} rows does not compile for {device}")
+
+    monkeypatch.setattr(flat_gemm, "compile_here", refuse)
+    outcome = run(mlp, X, technique=FlatGemm())
+    assert outcome.codes == [("missed", "FX303")]
+    assert "does not compile for cpu" in outcome.remarks[0].message
+    assert (outcome.count("fused_linear"), outcome.count("linear")) == (0, 2)
+    assert outcome.records[0].kernels == []
 
 
 def test_its_limit_of_rows(kernels_everywhere):
