@@ -7,31 +7,30 @@ decides, which knows the device's peaks but not how good its library is.
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import itertools
 import json
+import math
 import platform
 import re
-import statistics
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from fxopt.codegen import compat, roofline
 from fxopt.codegen.files import write_whole
 from fxopt.codegen.kernels import Unsupported
-from fxopt.codegen.kernels.epilogue import FLOATS, Epilogue, Extra, Output, Step, dtype_name
-from fxopt.codegen.kernels.gemm import MAX_ROWS, Config, Family, FusedLinear, configure, reference, shared_bytes
+from fxopt.codegen.kernels.epilogue import FLOATS, dtype_name
+from fxopt.codegen.kernels.gemm import MAX_ROWS, Config, FusedLinear, configure, reference, shared_bytes
 from fxopt.codegen.kernels.gemm_launch import run
 from fxopt.codegen.source import cache_folder
 
 Choice = Literal["gemv", "flat", "library"]
 TorchDevice = torch.device
-MEASURED_ROWS = (1, 2, 3, 4, 8, 16, 32, 64)
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "tables"
 """Tables that were measured on real GPUs and ship with the project."""
@@ -50,15 +49,22 @@ class Thresholds:
 
 
 def thresholds_from_times(times: Mapping[Choice, Mapping[int, float]]) -> Thresholds:
-    """M1 and M2 from measured seconds by kernel and M.
+    """M1 and M2 from measured seconds by kernel and M: the pair whose worst loss to the fastest kernel is least.
 
-    M1 is the first measured M where GEMV is not the fastest, M2 the first from there where flat GEMM is not: at each M
-    below them the chosen kernel won, and nothing is promised between two measured points.
+    The loss is the time of the chosen kernel over that of the fastest one at the same M; among pairs that differ by
+    less than one percent, which is noise, the one whose losses are the smallest together is taken. (The first M at
+    which a kernel loses, which the paper takes, gives away all larger ones to a single noisy time.)
     """
     rows = sorted(times["library"])
-    fastest = {m: min((k for k in times if m in times[k]), key=lambda k: times[k][m]) for m in rows}
-    m1 = next((m for m in rows if fastest[m] != "gemv"), rows[-1] + 1)
-    m2 = next((m for m in rows if m >= m1 and fastest[m] != "flat"), max(m1, rows[-1] + 1))
+    fastest = {m: min(row[m] for row in times.values() if m in row) for m in rows}
+    places = [*rows, rows[-1] + 1]
+    found: list[tuple[float, float, int, int]] = []
+    for m1, m2 in itertools.combinations_with_replacement(places, 2):
+        pair = Thresholds(m1 if m1 > rows[0] else 1, m2 if m2 > rows[0] else 1)
+        losses = [times.get(pair.choose(m), {}).get(m, math.inf) / fastest[m] for m in rows]
+        found.append((max(losses), sum(losses), pair.m1, pair.m2))
+    best = min(found)[0]
+    _, _, m1, m2 = min((entry for entry in found if entry[0] <= 1.01 * best), key=lambda entry: entry[1:])
     return Thresholds(m1, m2)
 
 
@@ -235,7 +241,7 @@ class Dataflow:
         default = configure(fused, m, family, self.model)
         if self.table is None or (n, fused.depth) not in self.table.entries:
             return default
-        found = self.table.entries[n, fused.depth].configs.get(_place(default), default)
+        found = self.table.entries[n, fused.depth].configs.get(place_of(default), default)
         # Tables are measured with one weight; a group that holds two needs more shared memory for the same blocks.
         return found if shared_bytes(fused, found) <= self.model.shared_bytes else default
 
@@ -261,132 +267,6 @@ class Dataflow:
         return reference(fused, x, weights, extras)
 
 
-def _place(config: Config) -> str:
+def place_of(config: Config) -> str:
+    """Under this name an entry keeps a configuration: the family and its bucket of rows, such as ``flat-16``."""
     return f"{config.family}-{config.block_m}"
-
-
-def residual_group(n: int, k: int, dtype: str) -> FusedLinear:
-    """The group that tables are measured with: one linear and a residual add, [N, K]."""
-    epilogue = Epilogue(
-        1, (Output("s0", dtype),), (Step("s0", "add", ("p0", "e0"), "residual"),), (Extra("e0", "full", dtype),)
-    )
-    return FusedLinear(dtype, k, (n,), epilogue)
-
-
-def candidates(fused: FusedLinear, m: int, family: Family, device: roofline.Device) -> list[Config]:
-    """Configurations worth timing; splits stay what they are, since they must not depend on M."""
-    base = configure(fused, m, family, device)
-    if family == "gemv":
-        return [
-            replace(base, stages=s, block_n=b) for s in (1, 2, 3) for b in {base.block_n, max(1, base.block_n // 2)}
-        ]
-    found = []
-    for block_n in (32, 64, 128):
-        for stages in (2, 3, 4, 5):
-            config = replace(base, block_n=block_n, stages=stages, swap=base.swap and block_n >= 64)
-            if shared_bytes(fused, config) <= device.shared_bytes:
-                found.append(config)
-    return found
-
-
-Timer = Callable[[Callable[[], Any]], float]
-
-
-def cold_timer(device: torch.device, cache_bytes: int, repeats: int = 20) -> Timer:
-    """A timer on CUDA events that empties the last cache before every call: median seconds of one call."""
-    flush = torch.empty(max(2 * cache_bytes, 64 << 20), dtype=torch.int8, device=device)
-
-    def timer(action: Callable[[], Any]) -> float:
-        action()
-        seconds = []
-        for _ in range(repeats):
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            action()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) * 1e-3)
-        return statistics.median(seconds)
-
-    return timer
-
-
-def _library(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(x, weight) + residual
-
-
-def measure_entry(
-    n: int, k: int, dtype: str, device: torch.device, model: roofline.Device, timer: Timer, rows: Sequence[int]
-) -> Entry:
-    """Times one [n, k] with a residual add: every family and candidate, and the library, at each number of rows."""
-    fused, kind = residual_group(n, k, dtype), getattr(torch, dtype)
-    weight = torch.randn(n, k, dtype=kind, device=device)
-    times: dict[Choice, dict[int, float]] = {"gemv": {}, "flat": {}, "library": {}}
-    best: dict[str, tuple[float, Config]] = {}
-    for m in rows:
-        x = torch.randn(m, k, dtype=kind, device=device)
-        residual = torch.randn(m, n, dtype=kind, device=device)
-        times["library"][m] = timer(functools.partial(_library, x, weight, residual))
-        families: tuple[Family, ...] = ("gemv", "flat") if m <= 8 else ("flat",)
-        for family in families:
-            for config in candidates(fused, m, family, model):
-                seconds = timer(functools.partial(run, fused, x, [weight], [residual], config))
-                times[family][m] = min(seconds, times[family].get(m, seconds))
-                place = _place(config)
-                if place not in best or seconds < best[place][0]:
-                    best[place] = (seconds, config)
-    configs = {place: config for place, (_, config) in best.items()}
-    return Entry(thresholds_from_times(times), configs, {kind: times[kind] for kind in times})
-
-
-def measure_table(
-    shapes: Iterable[tuple[int, int]],
-    dtype: torch.dtype = torch.bfloat16,
-    path: Path | None = None,
-    device: torch.device | None = None,
-    progress: Callable[[str], None] | None = None,
-    seed: int = 0,
-    rows: Sequence[int] = MEASURED_ROWS,
-) -> Table:
-    """Measures M1, M2 and configurations for (N, K) shapes, with a cold L2 and the epilogue; minutes per model.
-
-    Writes the table after every shape, so that an interrupted run resumes where it stopped; progress is called with
-    one line a shape.
-
-    Raises:
-        RuntimeError: without a CUDA or ROCm device.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            "measuring a dataflow table needs a CUDA or ROCm GPU; without one the roofline model decides"
-        )
-    device = device or torch.device("cuda", torch.cuda.current_device())
-    key = TableKey.current(dtype_name(dtype), device)
-    place = path or cache_folder() / "tables" / key.file_name
-    model = roofline.current_device(device)
-    timer = cold_timer(device, model.cache_bytes)
-    return _measure_all(list(shapes), key, place, model, timer, progress, seed, rows, device)
-
-
-def _measure_all(
-    shapes: Sequence[tuple[int, int]],
-    key: TableKey,
-    place: Path,
-    model: roofline.Device,
-    timer: Timer,
-    progress: Callable[[str], None] | None,
-    seed: int,
-    rows: Sequence[int],
-    device: torch.device,
-) -> Table:
-    table = (find_table(key, place) if place.exists() else None) or Table(key)
-    torch.manual_seed(seed)
-    for index, (n, k) in enumerate(shapes):
-        if (n, k) not in table.entries:
-            table.entries[n, k] = measure_entry(n, k, key.dtype, device, model, timer, rows)
-            table.save(place)
-        if progress is not None:
-            found = table.entries[n, k].thresholds
-            progress(f"[{index + 1}/{len(shapes)}] [{n}, {k}] {key.dtype}: M1 = {found.m1}, M2 = {found.m2}")
-    return table

@@ -37,7 +37,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from fxopt.codegen import compat, lowering
 from fxopt.codegen.dataflow import tables_digest
 from fxopt.codegen.kernels import Unsupported
-from fxopt.codegen.kernels.gemm import FusedLinear
+from fxopt.codegen.kernels.gemm import MAX_ROWS, FusedLinear
 from fxopt.codegen.kernels.gemm_launch import Kernel, build, compile_here, launches, workspace
 from fxopt.codegen.ops import fused_linear
 
@@ -123,7 +123,7 @@ def _lower_linear(graph: fx.Graph, node: fx.Node) -> None:
     rows = functools.reduce(operator.mul, value.shape[:-1], 1)
     if not isinstance(rows, int) or rows == 0:
         return
-    max_m = node.kwargs.get("max_m", fused_linear.MAX_ROWS)
+    max_m = node.kwargs.get("max_m", MAX_ROWS)
     assert isinstance(max_m, int)
     flow = fused_linear.dataflow(fused.dtype, value.device, str(node.kwargs.get("tables", "")), max_m)
     config = flow.config(fused, rows)
@@ -191,7 +191,7 @@ def _launch(graph: fx.Graph, kernel: Kernel, rows: int, arguments: dict[str, Any
 
 
 def _empty(graph: fx.Graph, like: torch.Tensor) -> fx.Node:
-    settings = {"dtype": like.dtype, "device": like.device}
+    settings: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
     made = graph.call_function(torch.ops.aten.empty.memory_format, (list(like.shape),), settings)
     made.meta["val"] = like
     return made

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fxopt.bench import SUITES
 from fxopt.cli import COMMANDS
 from fxopt.inspection.command import inspect
 from fxopt.passes.technique import SettingError, Technique
@@ -137,7 +138,10 @@ def tune(
     model: Model = None,
     data: Annotated[pathlib.Path | None, typer.Option(help="A text file; default: the shipped held-out text.")] = None,
     only: Annotated[str, typer.Option(help="What to tune, as for --set; early_exit wants a goal.")] = "async_softmax",
-    output: Annotated[pathlib.Path, typer.Option(help="The recipe to write.")] = pathlib.Path("recipe.safetensors"),
+    output: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="The recipe to write; for flat_gemm a table (.json) or a folder, without it the cache."),
+    ] = None,
     limit: Annotated[int, typer.Option(help="Tokens of the text to read.")] = 8192,
     goal: Annotated[str | None, typer.Option(help="early_exit: agreement=0.97; sparse_attention: 'kl<0.01'.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
@@ -147,6 +151,9 @@ def tune(
     from fxopt.tinylm import HELDOUT
     from fxopt.tuning import tune as calibrate
 
+    if only.partition("=")[0].strip() == "flat_gemm":
+        tune_kernels(model, techniques_of([only])[0], output)
+        return
     try:
         watched, tokenizer = load_scored(model or "tinylm")
         if only.strip() == "sparse_attention" and goal is not None:
@@ -155,7 +162,7 @@ def tune(
             watched, data or HELDOUT, *techniques_of([only]), goal=goal, tokenizer=tokenizer, limit=limit,
             context=context,
         )  # fmt: skip
-        path = recipe.save(output)
+        path = recipe.save(output or pathlib.Path("recipe.safetensors"))
     except (SettingError, OSError, ValueError, TypeError, ImportError) as error:
         fail(str(error))
     for module, technique in recipe.paths.items():
@@ -165,6 +172,20 @@ def tune(
     for line in report_lines(recipe):
         print(line)
     print(f"written: {path}")
+
+
+def tune_kernels(name: str | None, technique: Technique, output: pathlib.Path | None) -> None:
+    """Time the linears of a model, whose weights are not needed."""
+    from fxopt import gemm_tuning
+    from fxopt.tinylm import FOLDER
+
+    try:
+        model = model_from_config(pathlib.Path(name) if name else FOLDER, as_stored=True)
+        recipe = gemm_tuning.tune(model, technique, output)  # type: ignore[arg-type]
+    except (SettingError, OSError, ValueError) as error:
+        fail(str(error))
+    for table in recipe.notes["tables"]:
+        print(f"written: {table}")
 
 
 @app.command(help=COMMANDS["evaluate"])
@@ -194,7 +215,7 @@ def evaluate(
 
 @app.command(help=COMMANDS["bench"])
 def bench(
-    suite: Annotated[str, typer.Argument(help="overhead, depth, attention, decode_step, context, sparse, ...")],
+    suite: Annotated[str, typer.Argument(help=f"One of {', '.join(SUITES)}.")],
     technique: Annotated[str, typer.Option(help="For depth: the technique to measure.")] = "layer_skip",
     device: Device = "cpu",
     quick: Quick = False,
@@ -202,7 +223,7 @@ def bench(
     json_path: Json = None,
     plot: Annotated[pathlib.Path | None, typer.Option(help="Draw the medians.")] = None,
 ) -> None:
-    from fxopt.bench import SUITES, load_suite
+    from fxopt.bench import draw, keep_with, load_suite
 
     if suite not in SUITES:
         fail(f"there is no suite {suite!r}; suites: {', '.join(SUITES)}.")
@@ -215,9 +236,11 @@ def bench(
     if json_path is not None:
         result.to_json(json_path)
     if plot is not None:
-        result.plot(plot)
+        draw(suite, result, plot)
     if keep:
         print(f"kept as {result.keep().name}")
+        for path in keep_with(suite):
+            print(f"kept as {path}")
 
 
 def load_model(name: str) -> Any:
@@ -235,8 +258,8 @@ def load_model(name: str) -> Any:
         return fail(f"{name!r} could not be loaded: {str(error).splitlines()[0]}")
 
 
-def model_from_config(path: pathlib.Path | None) -> Any:
-    """A model on the meta device from its config.json."""
+def model_from_config(path: pathlib.Path | None, as_stored: bool = False) -> Any:
+    """A model on the meta device from its config.json, or a name on the hub; `as_stored`: in the checkpoint's dtype."""
     import torch
 
     try:
@@ -249,7 +272,8 @@ def model_from_config(path: pathlib.Path | None) -> Any:
         fail(f"{path} is no model config: {str(error).splitlines()[0]}")
     with torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(config).eval()
+            built = AutoModelForCausalLM.from_config(config).eval()
+            return built.to(config.dtype or torch.bfloat16) if as_stored else built
         except ValueError:
             return AutoModel.from_config(config).eval()
 

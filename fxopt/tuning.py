@@ -4,6 +4,7 @@ It calibrates (``goal=None``): for each attention module and KV head the range o
 row maxima, which :class:`fxopt.AsyncSoftmax` needs where no bound is certified (FlashDecoding++, arXiv 2311.01282,
 section 3). Where phi then stands, and whether there is one, depends on the dtype and is decided in the pass. And it
 solves the threshold of :class:`fxopt.EarlyExit` (``goal="agreement=0.97"``), see :mod:`fxopt.exit_tuning`.
+The kernels of :class:`fxopt.FlatGemm` are timed on the GPU that is there, see :mod:`fxopt.gemm_tuning`.
 The channels that carry the scores, for ``SparseAttention(method="double_sparsity")``: :mod:`fxopt.channel_tuning`.
 """
 
@@ -20,11 +21,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from fxopt import exit_tuning, scoring, sparse_tuning
+from fxopt import exit_tuning, gemm_tuning, scoring, sparse_tuning
 from fxopt.channel_tuning import ChannelStatistics
 from fxopt.passes.async_softmax import AsyncSoftmax
 from fxopt.passes.attention import AttentionSite, find_attentions
 from fxopt.passes.early_exit import EarlyExit
+from fxopt.passes.flat_gemm import FlatGemm
 from fxopt.passes.provenance import module_path, name_modules
 from fxopt.passes.sparse_attention import SparseAttention
 from fxopt.passes.technique import SettingError, Technique
@@ -41,7 +43,7 @@ Ranges = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 def tune(
     model: nn.Module,
-    data: str | os.PathLike[str] | Tensor | Sequence[int],
+    data: str | os.PathLike[str] | Tensor | Sequence[int] | None,
     *techniques: Technique,
     goal: str | None = None,
     tokenizer: Any = None,
@@ -55,7 +57,7 @@ def tune(
     Args:
         goal: for one ``EarlyExit``, ``"agreement=0.97"``: its threshold is solved, the one it has is not used. For one
             ``SparseAttention``, ``"kl<0.01"``: method and budget of each layer are found, those it has are not used.
-        data: a text, a path to one, or token ids.
+        data: a text, a path to one, or token ids; ``FlatGemm`` reads none, None will do.
         tokenizer: found by the model's name or path when not given.
         context, limit: tokens of a window, and tokens to read in all.
         checkpoint: a recipe file that is written after each window; a run that was interrupted goes on from it.
@@ -67,6 +69,10 @@ def tune(
     from fxopt.evaluation import find_tokenizer, read_data
 
     asked = techniques or (AsyncSoftmax(),)
+    if len(asked) == 1 and isinstance(asked[0], FlatGemm):
+        if goal is not None:
+            raise SettingError(f"tune(goal={goal!r}): a goal is for one EarlyExit; for FlatGemm leave it out.")
+        return gemm_tuning.tune(model, asked[0], show=show)
     exits = asked[0] if len(asked) == 1 and isinstance(asked[0], EarlyExit) else None
     agreement = exit_tuning.wanted_agreement(goal) if exits is not None else None
     sparse = asked[0] if goal is not None and len(asked) == 1 and isinstance(asked[0], SparseAttention) else None
@@ -78,8 +84,8 @@ def tune(
     for technique in asked:
         if exits is None and not isinstance(technique, (AsyncSoftmax, SparseAttention)):
             raise SettingError(
-                f"{technique} has nothing to calibrate; tune takes AsyncSoftmax(), one EarlyExit, or SparseAttention("
-                "method='double_sparsity', budget=...)."
+                f"{technique} has nothing to calibrate; tune takes AsyncSoftmax(), one EarlyExit, FlatGemm(), or "
+                "SparseAttention(method='double_sparsity', budget=...)."
             )
     if len(asked) > 1:
         raise SettingError(f"tune calibrates one technique at a time, and was given {len(asked)}.")

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from fxopt.bench.attention import read_bandwidth
 from fxopt.bench.harness import Peer, Result, check_equal, environment, measure, progress_bar
-from fxopt.bench.models import llama
+from fxopt.bench.models import weights_of_no_meaning
 from fxopt.compiler import compile as fxopt_compile
 
-FULL = {
+FULL: dict[str, Any] = {
     "layers": 16, "width": 2048, "heads": 32, "kv_heads": 8, "head_dim": 64, "intermediate_size": 8192,
     "vocab_size": 128256, "tie_word_embeddings": True,
 }  # fmt: skip
-QUICK = {**FULL, "layers": 2, "width": 512, "heads": 8, "kv_heads": 2, "intermediate_size": 1024, "vocab_size": 4096}
+QUICK: dict[str, Any] = {
+    **FULL, "layers": 2, "width": 512, "heads": 8, "kv_heads": 2, "intermediate_size": 1024, "vocab_size": 4096,
+}  # fmt: skip
 STOCK = "inductor"
 
 
@@ -34,7 +36,7 @@ def run(*, device: str = "cpu", quick: bool = False) -> Result:
     length, rounds = (512, 5) if quick else (4096, 12)
     command = f"fxopt bench decode_step{' --quick' if quick else ''} --device {device}"
     result = Result("decode_step", command, environment(device))
-    model = _weights_of_no_meaning(**(QUICK if quick else FULL)).to(device)
+    model = weights_of_no_meaning(device=device, **(QUICK if quick else FULL))
     # The output head is the embedding: its rows are read once, as the head.
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     steps = {
@@ -72,27 +74,21 @@ class Step:
     """One decode step of `model` on a static cache of its own, as `call` runs it."""
 
     def __init__(
-        self, call: Callable[..., Any], model: nn.Module, length: int, device: str, *, force_gqa: bool = False
-    ) -> None:
-        from transformers import StaticCache
+        self, call: Callable[..., Any], model: nn.Module, length: int, device: str, *, force_gqa: bool = False,
+        batch: int = 1, dtype: torch.dtype = torch.float32, cache: Any = None,
+    ) -> None:  # fmt: skip
+        """`cache`: of another step, to share it; what lies beyond the position that a step writes stays the same."""
 
         self.call = call
         self.force_gqa = force_gqa
         config: Any = model.config
-        self.cache: Any = StaticCache(config=config, max_cache_len=length)
-        place = torch.device(device)
-        self.cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.float32, place)
-        generator = torch.Generator().manual_seed(1)
-        layers: Any = self.cache.layers
-        for layer in layers:
-            for tensor in (layer.keys, layer.values):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-        self.token = torch.full((1, 1), 17, device=device)
-        self.position = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.mask = torch.zeros(1, 1, 1, length, dtype=torch.bool, device=device)
+        self.cache: Any = cache if cache is not None else filled_cache(config, length, batch, dtype, device)
+        self.token = torch.full((batch, 1), 17, device=device)
+        self.position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.mask = torch.zeros(batch, 1, 1, length, dtype=torch.bool, device=device)
 
     def __call__(self, filled: int) -> Tensor:
-        """Logits [1, 1, V] of the token that fills position `filled` - 1."""
+        """Logits [B, 1, V] of the token that fills position `filled` - 1."""
         self.position.fill_(filled - 1)
         self.mask.copy_((torch.arange(self.mask.shape[-1], device=self.mask.device) < filled)[None, None, None])
         for layer in self.cache.layers:
@@ -102,6 +98,19 @@ class Step:
                 input_ids=self.token, position_ids=self.position, attention_mask=self.mask,
                 past_key_values=self.cache, use_cache=True,
             ).logits  # fmt: skip
+
+
+def filled_cache(config: Any, length: int, batch: int, dtype: torch.dtype, device: str) -> Any:
+    """A static cache full of random keys and values, the same for the same sizes."""
+    from transformers import StaticCache
+
+    cache: Any = StaticCache(config=config, max_cache_len=length)
+    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, dtype, torch.device(device))
+    generator = torch.Generator(device).manual_seed(1)
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            tensor.normal_(generator=generator)
+    return cache
 
 
 def picture(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -154,21 +163,3 @@ def _forced_gqa() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
-
-
-def _weights_of_no_meaning(**shape: Any) -> nn.Module:
-    # On meta first: drawing a billion numbers by the model's own initialisation takes longer than the measurement.
-    with torch.device("meta"):
-        model = llama(**shape)
-    rotary = llama(**{**shape, "layers": 1, "vocab_size": 8, "intermediate_size": 8}).model.rotary_emb  # type: ignore[union-attr]
-    model.to_empty(device="cpu")
-    model.tie_weights()  # type: ignore[operator]
-    model.model.rotary_emb = rotary  # type: ignore[union-attr]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.uniform_(-0.03, 0.03, generator=generator)
-    return model.eval()

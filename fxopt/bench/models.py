@@ -22,3 +22,25 @@ def llama(layers: int = 12, width: int = 768, heads: int = 12, kv_heads: int = 4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**{**values, **settings})).eval()
+
+
+def weights_of_no_meaning(*, device: str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any) -> nn.Module:
+    """A Llama of any size with weights drawn where they lie, in [-0.03, 0.03), and norms of one.
+
+    Made on the meta device first: drawing a billion numbers by the model's own initialisation takes longer than the
+    measurement.
+    """
+    with torch.device("meta"):
+        model = llama(**shape)
+    rotary = llama(**{**shape, "layers": 1, "vocab_size": 8, "intermediate_size": 8}).model.rotary_emb  # type: ignore[union-attr]
+    model.to(dtype).to_empty(device=device)
+    model.tie_weights()  # type: ignore[operator]
+    model.model.rotary_emb = rotary.to(device)  # type: ignore[union-attr]
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.uniform_(-0.03, 0.03, generator=generator)
+    return model.eval()

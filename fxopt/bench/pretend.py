@@ -211,11 +211,15 @@ def _code_of(error: BaseException) -> str:
 
 def _without_memory(model: nn.Module, place: torch.device) -> None:
     for module in model.modules():
-        for kept in (module._parameters, module._buffers):
+        stored: list[tuple[dict[str, Any], Any]] = [
+            (module._parameters, lambda own: nn.Parameter(own, requires_grad=False)),
+            (module._buffers, lambda own: own),
+        ]
+        for kept, wrap in stored:
             for name, value in kept.items():
                 if value is not None:
-                    own = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=place)
-                    kept[name] = nn.Parameter(own, requires_grad=False) if kept is module._parameters else own
+                    like = {"dtype": value.dtype, "device": place}
+                    kept[name] = wrap(torch.empty_strided(value.shape, value.stride(), **like))
 
 
 def main() -> None:

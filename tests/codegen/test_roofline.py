@@ -6,9 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.codegen import roofline
-from fxopt.codegen.dataflow import residual_group
 from fxopt.codegen.kernels.epilogue import Epilogue
 from fxopt.codegen.kernels.gemm import FusedLinear, Norm
+from fxopt.codegen.measuring import residual_group
 from fxopt.codegen.roofline import DEVICES
 
 H200 = DEVICES["H200"]

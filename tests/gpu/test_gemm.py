@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxopt.codegen import dataflow, roofline
+from fxopt.codegen import dataflow, measuring, roofline
 from fxopt.codegen.kernels.epilogue import Epilogue, Extra, Output, Step
 from fxopt.codegen.kernels.gemm import Config, FusedLinear, Norm, configure, reference
 from fxopt.codegen.kernels.gemm_launch import interpreted, run
@@ -120,7 +120,10 @@ def test_memory_is_the_outputs_and_the_partial_sums():
 
 def test_a_table_is_measured_kept_and_used(tmp_path):
     path = tmp_path / "table.json"
-    table = dataflow.measure_table([(256, 512)], torch.bfloat16, path, rows=(1, 4, 16))
+    device, model = torch.device("cuda", 0), roofline.current_device()
+    key, timer = dataflow.TableKey.current("bfloat16", device), measuring.cold_timer(device, model.cache_bytes)
+    groups = [measuring.residual_group(256, 512, "bfloat16")]
+    table = measuring.measure_table(groups, key, path, device=device, model=model, timer=timer, rows=(1, 4, 16))
     assert (256, 512) in table.entries
     flow = dataflow.Dataflow(torch.bfloat16, torch.device("cuda"), path)
     assert flow.measured(256, 512)
