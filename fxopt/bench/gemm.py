@@ -85,14 +85,14 @@ def run(
         ValueError: for ``--device cuda`` where there is none.
     """
     command = f"fxopt bench gemm{' --quick' if quick else ''} --device {device}"
+    if device == "cuda" and clock is None and not torch.cuda.is_available():
+        raise ValueError("fxopt bench gemm --device cuda needs a GPU; --device cpu compiles the kernels for one.")
     result = Result("gemm", command, environment(device if clock is None else "cpu"))
     chosen = shapes or (dict(list(SHAPES.items())[1:3]) if quick else SHAPES)
     tokens = tuple(rows or ((1, 16) if quick else ROWS))
     if device == "cpu" and clock is None:
         result.remarks += dry_run(chosen, tokens)
         return result
-    if clock is None and not torch.cuda.is_available():
-        raise ValueError("fxopt bench gemm --device cuda needs a GPU; --device cpu compiles the kernels for one.")
     place = injected.pop("place", None) or torch.device("cuda", torch.cuda.current_device())
     model = injected.pop("target", None) or roofline.current_device(place)
     watch = clock or measuring.cold_clock(place, model.cache_bytes)
