@@ -189,8 +189,13 @@ class KernelNotCompiled(Exception):
     """Triton's compiler gave up with an error that has no class of its own."""
 
 
-def compile_ahead(kernel_fn: Any, arguments: Sequence[Any], grid: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Compiles a jit function for the current device without launching it; a dtype stands for a tensor of it."""
+def compile_ahead(
+    kernel_fn: Any, arguments: Sequence[Any], grid: tuple[int, ...], options: dict[str, Any]
+) -> dict[str, int]:
+    """Compiles a jit function for the current device without launching it; a dtype stands for a tensor of it.
+
+    Returns registers a thread, bytes spilled and bytes of shared memory, as far as the driver tells.
+    """
     try:
         compiled = kernel_fn.warmup(*arguments, grid=grid, **options)
         # Whether the device has the shared memory and registers is asked when the binary is loaded.
@@ -199,6 +204,9 @@ def compile_ahead(kernel_fn: Any, arguments: Sequence[Any], grid: tuple[int, ...
     except RuntimeError as problem:
         # MLIR pass failures are bare RuntimeErrors; nothing runs on the device here, so none is the device's.
         raise KernelNotCompiled(str(problem)) from problem
+    found = {"registers": getattr(compiled, "n_regs", None), "spills": getattr(compiled, "n_spills", None)}
+    found["shared bytes"] = getattr(getattr(compiled, "metadata", None), "shared", None)
+    return {name: int(value) for name, value in found.items() if value is not None}
 
 
 @functools.lru_cache(maxsize=4096)

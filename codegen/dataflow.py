@@ -215,6 +215,9 @@ class Dataflow:
         self.max_m = max_m
         self.model = model or roofline.current_device(device)
         self.refused: dict[tuple[FusedLinear, Config], str] = {}
+        # By identity, since a description is decoded once and takes longer to hash than to launch; kept, so that no
+        # other can take its place.
+        self.chosen: dict[tuple[int, int], tuple[FusedLinear, Config | None]] = {}
         self.table = find_table(TableKey.current(self.dtype, device), path)
 
     def measured(self, n: int, k: int) -> bool:
@@ -257,7 +260,10 @@ class Dataflow:
 
         Where the kernel cannot run, the library does; `refused` then holds the reason, and one warning says it.
         """
-        config = self.config(fused, x.numel() // fused.depth)
+        rows = x.numel() // fused.depth
+        if (id(fused), rows) not in self.chosen:
+            self.chosen[id(fused), rows] = (fused, self.config(fused, rows))
+        config = self.chosen[id(fused), rows][1]
         if config is not None and (fused, config) not in self.refused:
             try:
                 return run(fused, x, weights, extras, config, origin)

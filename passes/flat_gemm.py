@@ -126,7 +126,7 @@ class FlatGemm(Technique):
                 tuple(dict.fromkeys(module_path(node) for node in group.linears)),
                 kernel.path.read_text(encoding="utf-8"),
                 vars(config).copy(),
-                {"decided by": decided_by(flow, group)},
+                {"decided by": decided_by(flow, group), **kernel.resources},
             )
         )
         return None

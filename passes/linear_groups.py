@@ -143,6 +143,9 @@ class _Planner:
         if stored := [n for n in self.graph.nodes if _is_conv1d(n) and self.context.covers(n)]:
             message = "its weight is stored [K, N] (addmm); kernels read rows of [N, K] that lie together"
             self.context.missed("FX202", stored[0], message, count=len(stored))
+        if packed := [n for n in self.graph.nodes if _is_packed(n) and self.context.covers(n)]:
+            message = f"its weight is packed for {name_of(packed[0])}; kernels read float16, bfloat16 or float32"
+            self.context.missed("FX201", packed[0], message, count=len(packed))
         for rows, count in too_many.items():
             message = f"{count} linears of {rows} rows, above max_m={self.max_m}: arithmetic bounds them, not weights"
             self.context.missed("FX301", "", message, count=count)
@@ -250,6 +253,16 @@ def _is_conv1d(node: fx.Node) -> bool:
     """A linear in the form of GPT-2's Conv1D: ``addmm(bias, x, weight)`` with a parameter for a weight."""
     weight = node.args[2] if name_of(node) == "addmm" and len(node.args) > 2 else None
     return isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr")
+
+
+def _is_packed(node: fx.Node) -> bool:
+    """A product with a quantised weight in an operator of its own (``_weight_int8pack_mm``, bitsandbytes, ...)."""
+    if node.op != "call_function" or not isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return False
+    name = str(node.target)
+    product = any(word in name for word in ("mm", "linear", "matmul"))
+    marks = ("int4", "int8", "4bit", "8bit", "_scaled_mm", "quantized", "bitsandbytes", "fbgemm", "torchao")
+    return product and any(mark in name for mark in marks)
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -30,6 +30,8 @@ class Kernel:
     reduce: Any
     compiled: set[torch.device] = field(default_factory=set, compare=False)
     """Devices that this kernel compiled for."""
+    resources: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Registers, spills and shared memory on the device that it compiled for last, for a report."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -196,8 +198,10 @@ def _refusing(kernel: Kernel, device: torch.device) -> Iterator[None]:
 
 
 def _compile(kernel: Kernel, calls: Sequence[tuple[Launch, Sequence[Any]]], device: torch.device) -> None:
-    for launch, arguments in calls:
-        compat.compile_ahead(launch.jit, arguments, launch.grid, launch.options)
+    for number, (launch, arguments) in enumerate(calls):
+        found = compat.compile_ahead(launch.jit, arguments, launch.grid, launch.options)
+        prefix = "reduce_splits " if number else ""
+        kernel.resources.update({f"{prefix}{name}": value for name, value in found.items()})
     kernel.compiled.add(device)
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fxopt.codegen import dataflow as dataflow_module
+from fxopt.codegen import roofline
 from fxopt.codegen.kernels.epilogue import Epilogue
-from fxopt.codegen.kernels.gemm import FusedLinear
+from fxopt.codegen.kernels.gemm import FusedLinear, reference
 from fxopt.codegen.ops import fused_linear as op
 from fxopt.codegen.ops.fused_linear import TOLERANCE, dataflow, sample_inputs
 
@@ -129,3 +131,37 @@ def test_inside_a_compiled_function():
     first, second = compiled(x, *weights)
     torch.testing.assert_close(first, (x @ weights[0].mT).relu())
     torch.testing.assert_close(second, x @ weights[1].mT * 2)
+
+
+def test_rows_are_dispatched_over_buckets_without_compiling_again(monkeypatch):
+    """One graph for 2 to 64 rows: the operator asks the dataflow by the shape of each call, which the host knows."""
+    fused, _, weights, _ = sample_inputs(norm="", gated=False, bias=False, residual=False, widths=(24, 9))
+    served, compiled = [], []
+
+    def kernel(fused, x, weights, extras, config, origin):
+        served.append((x.shape[0], config.family, config.block_m))
+        return reference(fused, x, weights, extras)
+
+    flow = dataflow_module.Dataflow("float32", torch.device("cpu"), model=roofline.DEVICES["H200"])
+    monkeypatch.setattr(flow, "thresholds", lambda n, k: dataflow_module.Thresholds(3, 50))
+    monkeypatch.setattr(dataflow_module, "run", kernel)
+    monkeypatch.setattr(op, "dataflow", lambda *key: flow)
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the host waited for the device"))
+    group = fused.encode()
+
+    def backend(gm, inputs):
+        compiled.append(gm)
+        return gm.forward
+
+    with torch.library._scoped_library("fxopt", "IMPL") as library:
+        library.impl("fused_linear", op.launch, "CPU")
+        function = torch.compile(lambda x: OP(x, list(weights), [], group=group)[0], backend=backend)
+        for rows in (5, 2, 3, 16, 17, 33, 49, 50, 64):
+            x = torch.randn(rows, 40)
+            torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
+            torch.testing.assert_close(function(x), x @ weights[0].mT)
+    assert len(compiled) == 1
+    assert served == [
+        (5, "flat", 16), (2, "gemv", 2), (3, "flat", 16), (16, "flat", 16), (17, "flat", 32), (33, "flat", 64),
+        (49, "flat", 64),
+    ]  # fmt: skip

@@ -292,7 +292,7 @@ def test_a_kernel_is_compiled_before_it_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("FXOPT_CACHE_DIR", str(tmp_path))
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(gemm_launch.compat, "compile_ahead", lambda *call: asked.append(call))
+    monkeypatch.setattr(gemm_launch.compat, "compile_ahead", lambda *call: asked.append(call) or {"registers": 40})
     fused, *_ = sample_inputs(depth=1100, dtype=torch.bfloat16)
     kernel, device = build(fused, Config("flat", 16, 32, 32, splits=2)), torch.device("cuda", 0)
     gemm_launch.compile_here(kernel, 3, torch.device("cpu"))
@@ -303,6 +303,7 @@ def test_a_kernel_is_compiled_before_it_runs(tmp_path, monkeypatch):
     assert [len(arguments) for _, arguments, *_ in asked] == [
         len(kernel.writer.main_parameters()), len(kernel.writer.reduce_parameters())
     ]  # fmt: skip
+    assert kernel.resources == {"registers": 40, "reduce_splits registers": 40}
     assert asked[0][1][:3] == [torch.bfloat16, 1100, 3]
     assert asked[0][3]["num_stages"] == 3
 

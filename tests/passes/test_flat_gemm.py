@@ -107,6 +107,14 @@ def test_a_quantised_weight():
     untouched(run(lambda x: F.linear(x, packed.to(x.dtype) * scale), X), ("missed", "FX101"))
 
 
+def test_a_product_with_a_packed_weight():
+    packed, scale = torch.randint(-8, 8, (24, 16), dtype=torch.int8), torch.ones(24, dtype=torch.bfloat16)
+    x = X.bfloat16().reshape(2, 16)
+    outcome = run(lambda x: torch.ops.aten._weight_int8pack_mm(x, packed, scale) * 2, x)
+    untouched(outcome, ("missed", "FX201"))
+    assert "packed for _weight_int8pack_mm" in outcome.remarks[0].message
+
+
 def test_low_rank_adapters():
     a, b, c, d = parameter(4, 16), parameter(24, 4), parameter(2, 16), parameter(24, 2)
 
