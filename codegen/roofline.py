@@ -58,15 +58,22 @@ def fused_linear(fused: Any, size: int | None = None) -> Cost:
     if fused.norm is not None:
         flops += norm(size, fused.norm.kind).flops.subs(K, fused.depth)
         moved += size * fused.depth * (int(fused.norm.gamma) + int(fused.norm.beta))
+    if fused.prologue is not None:
+        flops += M * fused.depth * len(fused.prologue.steps)
+        for extra in fused.prologue.extras:
+            moved += getattr(torch, extra.dtype).itemsize * _elements(extra, fused.depth)
     for index, (output, width) in enumerate(zip(fused.epilogue.outputs, fused.output_widths, strict=True)):
         moved += getattr(torch, output.dtype).itemsize * M * width
         reach = fused.epilogue.reach(index)
         flops += M * width * sum(step.name in reach for step in fused.epilogue.steps)
     for extra in fused.epilogue.extras:
         width = next(w for i, w in enumerate(fused.output_widths) if extra.name in fused.epilogue.reach(i))
-        elements = {"full": M * width, "column": width, "row": M, "scalar": 1}[extra.layout]
-        moved += getattr(torch, extra.dtype).itemsize * elements
+        moved += getattr(torch, extra.dtype).itemsize * _elements(extra, width)
     return Cost(sympy.expand(flops), sympy.expand(moved))
+
+
+def _elements(extra: Any, width: int) -> Any:
+    return {"full": M * width, "column": width, "row": M, "scalar": 1}[extra.layout]
 
 
 def norm(size: int, kind: str = "rms") -> Cost:

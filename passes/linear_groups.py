@@ -24,16 +24,23 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.epilogue import FLOATS, dtype_name, from_nodes
 from fxopt.codegen.kernels.gemm import MAX_ROWS, FusedLinear
-from fxopt.codegen.kernels.prologue import NormMatch, match_norm
+from fxopt.codegen.kernels.pointwise import spelling
+from fxopt.codegen.kernels.prologue import NormMatch, PointwiseMatch, match_norm, match_pointwise
 from fxopt.passes.adapters import find_adapters
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import written_between
-from fxopt.passes.linear_parts import Part, PartFinder
+from fxopt.passes.linear_parts import POINTWISE, Part, PartFinder
 from fxopt.passes.nodes import name_of, same, value_of
 from fxopt.passes.provenance import module_path
 
 MAX_WEIGHTS = 8
 """Weights of one group; more are split, so that a kernel's list of pointers stays short."""
+
+
+PROLOGUE_ROWS = 16
+"""Rows up to which pointwise nodes before a linear go inside. Every program computes them for its own columns of the
+weights: 16 rows cost a quarter of the time that their weights take to arrive, 64 rows as much as all of it."""
+PROLOGUE_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,9 @@ class Group:
     def describe(self) -> str:
         """``3 linears [64, 32, 32] of K 64, M 2: rms norm before; add after``."""
         count, norm = len(self.linears), self.fused.norm
-        parts = [f"{norm.kind} norm before"] if norm is not None else []
+        before = [step.op for step in self.fused.prologue.steps] if self.fused.prologue is not None else []
+        before += [f"{norm.kind} norm"] if norm is not None else []
+        parts = [f"{', '.join(before)} before"] if before else []
         parts += [f"{', '.join(self.steps)} after"] if self.steps else []
         plural = "linears" if count > 1 else "linear"
         tail = f": {'; '.join(parts)}" if parts else ""
@@ -94,6 +103,7 @@ class _Family:
     x: fx.Node
     linears: list[fx.Node]
     norm: NormMatch | None = None
+    before: PointwiseMatch | None = None
     parts: list[Part] = field(default_factory=list)
 
     @property
@@ -101,8 +111,17 @@ class _Family:
         return self.norm.nodes if self.norm is not None else ()
 
     @property
-    def source(self) -> fx.Node:
+    def before_nodes(self) -> tuple[fx.Node, ...]:
+        return self.before.nodes if self.before is not None else ()
+
+    @property
+    def normed(self) -> fx.Node:
+        """What the norm reads; where there is none, what the linears read."""
         return self.norm.x if self.norm is not None else self.x
+
+    @property
+    def source(self) -> fx.Node:
+        return self.before.x if self.before is not None else self.normed
 
 
 class _Planner:
@@ -121,6 +140,8 @@ class _Planner:
         groups: list[Group] = []
         for family in families:
             family.parts = finder.parts(family.linears)
+        for family in families:  # what follows a product belongs to it; only what is left stands before another
+            family.before = self._before(family, finder.claimed)
             groups += self._groups(family)
         return groups
 
@@ -212,6 +233,31 @@ class _Planner:
                 return None
         return match
 
+    def _before(self, family: _Family, claimed: set[fx.Node]) -> PointwiseMatch | None:
+        root, readers = family.normed, {*family.linears, *family.norm_nodes}
+        value, rows = value_of(root), rows_of(value_of(family.x))
+        if not isinstance(rows, int) or rows > PROLOGUE_ROWS or any(user not in readers for user in root.users):
+            return None
+
+        def takes(node: fx.Node) -> bool:
+            made = value_of(node)
+            pointwise = node.op in ("call_function", "call_method") and spelling(node.target) in POINTWISE
+            return (
+                pointwise and node not in claimed and self.context.covers(node) and isinstance(made, torch.Tensor)
+                and made.device == value.device and tuple(made.shape) == tuple(value.shape)
+            )  # fmt: skip
+
+        try:
+            found = match_pointwise(root, takes)
+        except Unsupported:
+            return None
+        tensors = [value_of(extra) for extra in found.extras]
+        if any(not isinstance(t, torch.Tensor) or t.device != value.device for t in tensors):
+            return None
+        if value.dtype != value_of(family.x).dtype or not 0 < len(found.prologue.steps) <= PROLOGUE_STEPS:
+            return None
+        return found
+
     # -- one kernel ---------------------------------------------------------------------------------------------
 
     def _groups(self, family: _Family) -> list[Group]:
@@ -225,15 +271,17 @@ class _Planner:
     def _group(self, family: _Family, parts: Sequence[Part]) -> Group | None:
         linears = sorted((p for part in parts for p in part.products), key=self.position.__getitem__)
         weights = [node.args[1] for node in linears]
-        nodes = sorted({*family.norm_nodes, *(n for part in parts for n in part.region)}, key=self.position.__getitem__)
-        norm = family.norm
+        inner = {*family.before_nodes, *family.norm_nodes, *(n for part in parts for n in part.region)}
+        nodes = sorted(inner, key=self.position.__getitem__)
+        norm, before = family.norm, family.before
         parameters = [] if norm is None else [p for p in (norm.gamma, norm.beta) if p is not None]
+        parameters += [] if before is None else before.extras
         try:
             epilogue, extras = from_nodes(linears, [part.exit for part in parts])
             value = value_of(family.x)
             fused = FusedLinear(
                 dtype_name(value.dtype), int(value.shape[-1]), tuple(int(value_of(w).shape[0]) for w in weights),
-                epilogue, norm.norm if norm is not None else None,
+                epilogue, norm.norm if norm is not None else None, before.prologue if before is not None else None,
             )  # fmt: skip
         except Unsupported as reason:
             self.context.missed("FX101", linears[0], reason.reason)

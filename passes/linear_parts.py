@@ -21,7 +21,7 @@ from fxopt.passes.nodes import same, value_of
 
 MAX_STEPS = 64
 """Nodes tried behind one linear."""
-_POINTWISE = frozenset(OPERATIONS) | set(
+POINTWISE = frozenset(OPERATIONS) | set(
     "to float half bfloat16 type type_as iadd imul rsub dropout alpha_dropout contiguous clone detach pow clamp "
     "hardtanh relu6".split()
 )
@@ -144,7 +144,7 @@ class PartFinder:
 
     def _absorbable(self, node: fx.Node, product: fx.Node) -> bool:
         value, like = value_of(node), value_of(product)
-        if node.op not in ("call_function", "call_method") or spelling(node.target) not in _POINTWISE:
+        if node.op not in ("call_function", "call_method") or spelling(node.target) not in POINTWISE:
             return False
         if node in self.claimed or not self.context.covers(node) or not isinstance(value, torch.Tensor):
             return False

@@ -329,18 +329,21 @@ def _translate(reader: _Reader, node: fx.Node, name: str | None, args: list[Any]
     return reader.add_step(name, args, origin)
 
 
-def from_nodes(products: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> tuple[Epilogue, list[fx.Node]]:
+def from_nodes(
+    products: Sequence[fx.Node], outputs: Sequence[fx.Node], biased: bool = True
+) -> tuple[Epilogue, list[fx.Node]]:
     """Reads the epilogue between `products` (linears, their bias included) and `outputs` from an FX graph.
 
     Every node must carry `example_value` or `val`. Returns the epilogue and, for each of its extras, the node that
     feeds it. A node between a product and an output that is not pointwise, an intermediate broadcast beyond the
-    product's shape, or a dtype that is neither float nor bool is refused.
+    product's shape, or a dtype that is neither float nor bool is refused. Without `biased`, products are any nodes, and
+    their third argument is no bias.
 
     Raises:
         Unsupported: with the first thing that did not fit.
     """
     reader = _Reader(products)
-    for index, node in enumerate(products):
+    for index, node in enumerate(products if biased else ()):
         bias = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
         if isinstance(bias, fx.Node):
             reader.names[node] = reader.add_step("add", [f"p{index}", reader.add_extra(bias, "column")], "bias")

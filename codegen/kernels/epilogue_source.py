@@ -16,7 +16,8 @@ def _literal(value: str | float) -> str:
     return f"({text})" if text.startswith("-") else text
 
 
-def _step(step: Step) -> str:
+def step_line(step: Step) -> str:
+    """One step as a line of a function on float32 tiles."""
     arguments = [_literal(a) for a in step.args]
     if step.op == "cast":
         rounds = step.dtype in ("float16", "bfloat16")
@@ -55,7 +56,7 @@ def finish(
     lines.append(f'    """Products {products} to {outputs}: {origins}."""')
     lines.append("    inside = m < M" if even else f"    inside = (m < M) & (n < {width})")
     lines += [_load(extra, width, even) for extra in epilogue.extras if extra.name in reach]
-    lines += [_step(step) for step in steps]
+    lines += [step_line(step) for step in steps]
     for number in segment.outputs:
         value = f"{epilogue.outputs[number].value}.to(out{number}.dtype.element_ty)"
         lines.append(f"    tl.store(out{number} + m * {width} + n, {value}, mask=inside)")

@@ -61,6 +61,9 @@ class Norm:
 class FusedLinear:
     """Linears that share an input, with their neighbours. Hashable; `encode` makes a string of it for an operator.
 
+    A prologue is what happens to x, its product ``p0``, before the norm if there is one: pointwise steps on [M, K] with
+    extras named ``q0, q1, ...`` and one output. The norm is the one row statistic that there may be.
+
     dtype is that of x and of every weight; depth is K; widths are N of each weight. Products that one output needs
     together (gate and up) must be equally wide, and every output must need equally many products.
     """
@@ -70,6 +73,7 @@ class FusedLinear:
     widths: tuple[int, ...]
     epilogue: Epilogue
     norm: Norm | None = None
+    prologue: Epilogue | None = None
 
     def __post_init__(self) -> None:
         if getattr(torch, self.dtype, None) not in FLOATS:
@@ -90,13 +94,13 @@ class FusedLinear:
 
     @property
     def extras(self) -> tuple[Extra, ...]:
-        """Tensors besides x and the weights, in the order `run` takes them: gamma [K], beta [K], epilogue extras."""
+        """Tensors besides x and the weights, as `run` takes them: gamma, beta [K], the prologue's, the epilogue's."""
         own = []
         if self.norm is not None and self.norm.gamma:
             own.append(Extra("gamma", "column", self.dtype))
         if self.norm is not None and self.norm.beta:
             own.append(Extra("beta", "column", self.dtype))
-        return (*own, *self.epilogue.extras)
+        return (*own, *(self.prologue.extras if self.prologue is not None else ()), *self.epilogue.extras)
 
     @property
     def output_widths(self) -> tuple[int, ...]:
@@ -105,14 +109,16 @@ class FusedLinear:
         return tuple(by_output[i] for i in range(len(by_output)))
 
     def extra_width(self, extra: Extra) -> int:
-        """Columns of what an extra stands beside: K for gamma and beta, else N of the output that reads it."""
+        """Columns of what an extra stands beside: K before the products, N of the output that reads it behind them."""
         if extra not in self.epilogue.extras:
             return self.depth
         return next(n for i, n in enumerate(self.output_widths) if extra.name in self.epilogue.reach(i))
 
     def encode(self) -> str:
         """A JSON string that says everything; `decode` gives the description back."""
-        return json.dumps({**asdict(self), "epilogue": self.epilogue.encode()}, separators=(",", ":"))
+        before = None if self.prologue is None else self.prologue.encode()
+        data = {**asdict(self), "epilogue": self.epilogue.encode(), "prologue": before}
+        return json.dumps(data, separators=(",", ":"))
 
     @staticmethod
     @functools.cache
@@ -120,10 +126,11 @@ class FusedLinear:
         data = json.loads(text)
         norm = None if data["norm"] is None else Norm(**data["norm"])
         epilogue = Epilogue.decode(data["epilogue"])
-        return FusedLinear(data["dtype"], data["depth"], tuple(data["widths"]), epilogue, norm)
+        before = None if data["prologue"] is None else Epilogue.decode(data["prologue"])
+        return FusedLinear(data["dtype"], data["depth"], tuple(data["widths"]), epilogue, norm, before)
 
     def split_extras(self, extras: Sequence[Any]) -> tuple[Any, Any, list[Any]]:
-        """gamma, beta (None where absent) and the epilogue's extras out of what `run` takes."""
+        """gamma, beta (None where absent) and the other extras out of what `run` takes."""
         rest = list(extras)
         gamma = rest.pop(0) if self.norm is not None and self.norm.gamma else None
         beta = rest.pop(0) if self.norm is not None and self.norm.beta else None
@@ -144,14 +151,22 @@ def reference(
     """
     gamma, beta, rest = fused.split_extras(extras)
     rows = x.reshape(-1, fused.depth)
+    if fused.prologue is not None:
+        count = len(fused.prologue.extras)
+        (rows,) = fused.prologue.evaluate([rows], _flat(fused.prologue.extras, rest[:count]), exact)
+        rest = rest[count:]
     if fused.norm is not None:
         rows = fused.norm.evaluate(rows, gamma, beta)
-    flat = [
-        extra.reshape(-1, extra.shape[-1]) if kind.layout == "full" else extra
-        for kind, extra in zip(fused.epilogue.extras, rest, strict=True)
-    ]
-    outputs = fused.epilogue.evaluate([torch.nn.functional.linear(rows, w) for w in weights], flat, exact)
+    products = [torch.nn.functional.linear(rows, w) for w in weights]
+    outputs = fused.epilogue.evaluate(products, _flat(fused.epilogue.extras, rest), exact)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def _flat(kinds: Sequence[Extra], extras: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [
+        extra.reshape(-1, extra.shape[-1]) if kind.layout == "full" else extra
+        for kind, extra in zip(kinds, extras, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -247,6 +247,7 @@ def compile_for(fused: FusedLinear, config: Config, target: str) -> dict[str, Co
     aligned = {name for name, kind in types.items() if kind.startswith("*")}
     if fused.depth % 16 == 0:
         aligned |= {"x_stride", *(f"w{index}_stride" for index in range(len(fused.widths)))}
+        aligned |= {name for name in types if name.startswith("q") and name.endswith("_stride")}
     if all(width % 16 == 0 for width in fused.widths):
         aligned |= {name for name in types if name.startswith("e") and name.endswith("_stride")}
     found = {}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fxopt.codegen.kernels import epilogue_source
-from fxopt.codegen.kernels.epilogue import Segment
+from fxopt.codegen.kernels import epilogue_source, prologue_source
+from fxopt.codegen.kernels.epilogue import Epilogue, Segment
 from fxopt.codegen.kernels.gemm import Config, FusedLinear
 
 REDUCE_ROWS = 4
@@ -56,7 +56,7 @@ class Writer:
         own = ["gamma"] * bool(norm and norm.gamma) + ["beta"] * bool(norm and norm.beta)
         weights = self.tensors(f"w{i}" for i in range(len(self.fused.widths)))
         last = self.workspace() if self.config.splits > 1 else [*self.extras(), *self.outputs()]
-        return ["x", "x_stride", "M", *weights, *own, *last]
+        return ["x", "x_stride", "M", *weights, *own, *prologue_source.parameters(self.fused.prologue), *last]
 
     def reduce_parameters(self) -> list[str]:
         """Run-time parameters of the reduction, in order."""
@@ -157,7 +157,8 @@ class Writer:
             "",
             "",
             "@triton.jit",
-            "def row_statistic(x_rows, inside, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):",
+            f"def row_statistic(x_rows, inside, m, M, {self._before()}K: tl.constexpr, ROWS: tl.constexpr, "
+            "BLOCK: tl.constexpr):",
         ]
         lines.append(
             '    """x_rows: pointers [rows, 1] to mean [rows, 1] and reciprocal deviation [rows, 1] over K."""'
@@ -167,7 +168,7 @@ class Writer:
             lines += [
                 "    total = tl.zeros((ROWS, BLOCK), tl.float32)",
                 "    for start in range(0, K, BLOCK):",
-                "        total += tl.load(x_rows + start + k, mask=inside & (start + k < K), other=0.0).to(tl.float32)",
+                f"        total += {self._input('x_rows', 'start + k', 'm', 'inside')}",
                 "    mean = tl.sum(total, axis=1)[:, None] / K",
             ]
         else:
@@ -175,12 +176,22 @@ class Writer:
         lines += [
             "    squares = tl.zeros((ROWS, BLOCK), tl.float32)",
             "    for start in range(0, K, BLOCK):",
-            "        value = tl.load(x_rows + start + k, mask=inside & (start + k < K), other=0.0).to(tl.float32)",
+            f"        value = {self._input('x_rows', 'start + k', 'm', 'inside')}",
             "        value = tl.where(start + k < K, value - mean, 0.0)" if layer else None,  # type: ignore[list-item]
             "        squares += value * value",
             f"    return mean, tl.rsqrt(tl.sum(squares, axis=1)[:, None] / K + {norm.eps!r})",
         ]  # type: ignore[list-item]
         return [line for line in lines if line is not None]
+
+    def _before(self) -> str:
+        """The prologue's parameters, each followed by a comma."""
+        return "".join(f"{name}, " for name in prologue_source.parameters(self.fused.prologue))
+
+    def _input(self, rows: str, at: str, m: str, inside: str) -> str:
+        """A float32 tile of the input, after the prologue and before the norm, zero outside."""
+        if self.fused.prologue is not None:
+            return f"prologue({rows}, {at}, {m}, {inside}, M, {self._before()}K)"
+        return f"tl.load({rows} + {at}, mask={inside} & ({at} < K), other=0.0).to(tl.float32)"
 
     def _affine_loads(self) -> list[str]:
         norm = self.fused.norm
@@ -221,7 +232,7 @@ class Writer:
 
     def gemv(self) -> list[str]:
         """Rows one by one against a tile of the weights; the accumulators stay two-dimensional until the end."""
-        rows = range(self.config.block_m)
+        rows, fused = range(self.config.block_m), self.fused
         mask = "" if self.even_k else ", mask=at < K, other=0.0"
         doc = f"{len(rows)} rows per program, BLOCK_N columns of each weight, products on the vector units."
         lines = self._definition("gemv", self.main_parameters(), self.constants(), doc)
@@ -232,7 +243,8 @@ class Writer:
             lines += [f"    m{r} = first + {r}", f"    x_row{r} = x + tl.minimum(m{r}, M - 1) * x_stride"]
             if self.first:
                 block = "BLOCK_K * 4" if self.fused.depth > self.config.block_k * 2 else "BLOCK_K"
-                lines.append(f"    mean{r}, scale{r} = row_statistic(x_row{r}, m{r} >= 0, K, 1, {block})")
+                inputs = f"x_row{r}, m{r} >= 0, tl.minimum(m{r}, M - 1), M, {self._before()}K, 1, {block}"
+                lines.append(f"    mean{r}, scale{r} = row_statistic({inputs})")
             if self.commutes:
                 lines.append(f"    squares{r} = tl.zeros((1, BLOCK_K), tl.float32)")
             lines += [f"    {letter}{r} = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)" for letter in self.letters]
@@ -241,7 +253,11 @@ class Writer:
         lines += self._affine_loads()
         lines += [f"        {le}_tile = tl.load({le}_rows + at{mask}).to(tl.float32)" for le in self.letters]
         for r in rows:
-            lines.append(f"        x_tile{r} = tl.load(x_row{r} + at{mask}).to(tl.float32)")
+            if fused.prologue is not None:
+                tile = self._input(f"x_row{r}", "at", f"tl.minimum(m{r}, M - 1)", f"(m{r} >= 0)")
+            else:
+                tile = f"tl.load(x_row{r} + at{mask}).to(tl.float32)"
+            lines.append(f"        x_tile{r} = {tile}")
             lines += self._normalise(f"x_tile{r}", f"mean{r}", f"scale{r}", f"squares{r}")
             lines += [f"        {letter}{r} += {letter}_tile * x_tile{r}" for letter in self.letters]
         for r in rows:
@@ -271,7 +287,8 @@ class Writer:
             "    inside = m < M",
         ]
         if self.first:
-            lines.append("    mean, scale = row_statistic(x_rows, inside, K, BLOCK_M, BLOCK_K * 2)")
+            inputs = f"x_rows, inside, m, M, {self._before()}K, BLOCK_M, BLOCK_K * 2"
+            lines.append(f"    mean, scale = row_statistic({inputs})")
         if self.commutes:
             lines.append("    squares_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)")
         lines += [f"    {letter} = tl.zeros({shape}, tl.float32)" for letter in self.letters]
@@ -283,7 +300,11 @@ class Writer:
             begin, end = "begin", "end"
         lines.append(f"    for start in tl.range({begin}, {end}, BLOCK_K, num_stages=STAGES):")
         lines.append("        at = (start + k)[None, :]")
-        lines.append(f"        x_tile = tl.load(x_rows + at, mask=inside{mask_k}, other=0.0)")
+        if fused.prologue is None:
+            lines.append(f"        x_tile = tl.load(x_rows + at, mask=inside{mask_k}, other=0.0)")
+        else:
+            tile = self._input("x_rows", "at", "m", "inside")
+            lines.append(f"        x_tile = {tile}.to(x.dtype.element_ty)")
         lines += [f"        {letter}_tile = tl.load({letter}_rows + at{mask_w})" for letter in self.letters]
         if fused.norm is not None:
             lines += [*self._affine_loads(), "        x_wide = x_tile.to(tl.float32)"]
@@ -353,6 +374,8 @@ class Writer:
     def module(self) -> str:
         """The whole file after its header."""
         lines = [IMPORTS.rstrip()]
+        if self.fused.prologue is not None:
+            lines += prologue_source.function(self.fused.prologue)
         if self.first:
             lines += self.row_statistic()
         for index in range(len(self.segments)):
@@ -363,14 +386,18 @@ class Writer:
         return "\n".join(lines) + "\n"
 
 
+def _steps(dag: Epilogue | None) -> list[str]:
+    return [] if dag is None else [f"{s.name} = {s.op}{s.args} [{s.origin}]" for s in dag.steps]
+
+
 def header(fused: FusedLinear, config: Config, origin: str = "") -> dict[str, str]:
     """What the generated file says about itself."""
-    epilogue = "; ".join(f"{s.name} = {s.op}{s.args} [{s.origin}]" for s in fused.epilogue.steps)
+    epilogue = "; ".join(_steps(fused.epilogue))
     return {
         "written for": origin or "a group without a module path",
         "computes": f"{len(fused.widths)} products of {fused.dtype} x [M, {fused.depth}] with weights "
         + ", ".join(f"[{width}, {fused.depth}]" for width in fused.widths),
-        "prologue": str(fused.norm) if fused.norm else "none",
+        "prologue": "; ".join([*_steps(fused.prologue), *([str(fused.norm)] if fused.norm else [])]) or "none",
         "epilogue": epilogue or "none",
         "configuration": str(config),
     }

@@ -1,4 +1,6 @@
-"""Recognises the norm before a linear in an FX graph: `F.layer_norm`, `F.rms_norm`, and RMSNorm written out in full.
+"""Recognises what stands before a linear in an FX graph: a norm, and pointwise nodes.
+
+Norms: `F.layer_norm`, `F.rms_norm`, and RMSNorm written out in full.
 
 Written out, Hugging Face models agree on x * rsqrt(mean(x ** 2) + eps) in float32 and differ in where they cast and in
 gamma being a factor (Llama) or an offset from one (Gemma); all of that is read from the nodes, not from names.
@@ -6,13 +8,15 @@ gamma being a factor (Llama) or an offset from one (Gemma); all of that is read 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxopt.codegen.kernels import Unsupported
+from fxopt.codegen.kernels.epilogue import Epilogue, Output, from_nodes
 from fxopt.codegen.kernels.gemm import Norm
 from fxopt.codegen.kernels.pointwise import spelling
 
@@ -166,3 +170,73 @@ def match_norm(node: fx.Node) -> NormMatch:
         x, eps = found_rows
         return NormMatch(Norm("rms", eps, unit_offset=offset), x, gamma, None, tuple(match.nodes))
     raise match.fail("no factor is x * rsqrt(mean(x ** 2) + eps)")
+
+
+@dataclass(frozen=True)
+class PointwiseMatch:
+    """Pointwise nodes before a linear: the DAG from `x` (its p0) on, the nodes of its extras, and those it replaces."""
+
+    prologue: Epilogue
+    x: fx.Node
+    extras: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+
+
+def match_pointwise(root: fx.Node, takes: Callable[[fx.Node], bool]) -> PointwiseMatch:
+    """Reads the pointwise nodes that `root` [..., K] comes from, as far as nobody outside reads between.
+
+    Of the tensors they start from, x is the one that most of them depend on; what does not come from it is an extra.
+
+    Args:
+        takes: whether a node may become part of a kernel; its readers are looked at here.
+
+    Raises:
+        Unsupported: when `root` is no pointwise node that an epilogue could hold, or comes from no tensor of its shape.
+    """
+    region = {root} if takes(root) else set()
+    waiting = list(region)
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in region and takes(source) and all(user in region for user in source.users):
+                region.add(source)
+                waiting.append(source)
+    like = _value(root)
+    best: tuple[int, PointwiseMatch] | None = None
+    reason = f"{root.name} is not made by pointwise nodes"
+    for leaf in dict.fromkeys(n for node in sorted(region) for n in node.all_input_nodes if n not in region):
+        value = _value(leaf)
+        if like is None or value is None or value.dtype != like.dtype or tuple(value.shape) != tuple(like.shape):
+            continue
+        own = _depending(region, leaf)
+        if root not in own or (best is not None and len(own) <= best[0]):
+            continue
+        try:
+            read, extras = from_nodes([leaf], [root], biased=False)
+        except Unsupported as problem:
+            reason = problem.reason
+            continue
+        best = len(own), PointwiseMatch(_renamed(read), leaf, tuple(extras), tuple(sorted(own)))
+    if best is None:
+        raise Unsupported(reason)
+    return best[1]
+
+
+def _depending(region: set[fx.Node], leaf: fx.Node) -> set[fx.Node]:
+    own: set[fx.Node] = set()
+    for node in sorted(region):  # nodes compare by their place in the graph
+        if any(source is leaf or source in own for source in node.all_input_nodes):
+            own.add(node)
+    return own
+
+
+def _renamed(read: Epilogue) -> Epilogue:
+    """Extras q0, q1, ... and steps t0, t1, ...: an epilogue in the same kernel has e0 and s0."""
+    names = {extra.name: f"q{i}" for i, extra in enumerate(read.extras)}
+    names |= {step.name: f"t{i}" for i, step in enumerate(read.steps)}
+    steps = tuple(
+        replace(s, name=names[s.name], args=tuple(names.get(a, a) if isinstance(a, str) else a for a in s.args))
+        for s in read.steps
+    )
+    extras = tuple(replace(extra, name=names[extra.name]) for extra in read.extras)
+    (output,) = read.outputs
+    return Epilogue(1, (Output(names.get(output.value, output.value), output.dtype),), steps, extras)
