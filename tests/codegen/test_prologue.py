@@ -8,7 +8,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.gemm import Norm
-from fxopt.codegen.kernels.prologue import match_norm
+from fxopt.codegen.kernels.pointwise import spelling
+from fxopt.codegen.kernels.prologue import match_norm, match_pointwise
+from fxopt.passes.linear_parts import POINTWISE
 
 X = torch.randn(2, 3, 16)
 
@@ -121,3 +123,68 @@ def end_of(function):
 def test_what_is_no_norm(function, reason):
     with pytest.raises(Unsupported, match=reason):
         match_norm(end_of(function))
+
+
+def pointwise(function, *example):
+    """What :func:`match_pointwise` reads before the first linear of `function`."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=keep)(*example)
+    linear = next(node for node in graphs[0].nodes if node.target is F.linear)
+
+    def takes(node):
+        value = node.meta["example_value"]
+        return node.op.startswith("call") and spelling(node.target) in POINTWISE and value.shape == example[0].shape
+
+    return match_pointwise(linear.args[0], takes)
+
+
+W = torch.randn(8, 16)
+
+
+def test_gating_before_a_linear():
+    up, bias = torch.randn(2, 3, 16), torch.randn(16)
+    found = pointwise(lambda x, up, b: F.linear(F.silu(x) * up + b, W), X, up, bias)
+    assert [step.op for step in found.prologue.steps] == ["silu", "mul", "add"]
+    assert [(e.name, e.layout) for e in found.prologue.extras] == [("q0", "full"), ("q1", "column")]
+    assert (found.x.op, [n.op for n in found.extras], len(found.nodes)) == ("placeholder", ["placeholder"] * 2, 3)
+    (rows,) = found.prologue.evaluate([X], [up, bias])
+    torch.testing.assert_close(rows, F.silu(X) * up + bias)
+
+
+def test_x_is_the_tensor_that_most_depends_on():
+    # The gate is computed from z; what x alone cannot reach is taken with it, and x is what it is multiplied with.
+    z = torch.randn(2, 3, 16)
+    found = pointwise(lambda x, z: F.linear(x * torch.sigmoid(z.float()).to(x.dtype), W), X, z)
+    assert found.x.name.endswith("z_")
+    assert "sigmoid" in [step.op for step in found.prologue.steps]
+    (rows,) = found.prologue.evaluate([z], [X])
+    torch.testing.assert_close(rows, X * torch.sigmoid(z))
+
+
+def test_what_others_read_stays_outside():
+    def function(x):
+        gate = torch.tanh(x)
+        return F.linear(gate * 2, W), gate.sum()
+
+    found = pointwise(function, X)
+    assert [step.op for step in found.prologue.steps] == ["mul"]
+    assert found.x.name == "gate"
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: F.linear(x.softmax(-1), W), "not made by pointwise nodes"),
+        (lambda x: F.linear(x, W), "not made by pointwise nodes"),
+        (lambda x: F.linear(x**1.3, W), "a power of 1.3"),
+    ],
+)
+def test_what_no_prologue_holds(function, reason):
+    with pytest.raises(Unsupported, match=reason):
+        pointwise(function, X)

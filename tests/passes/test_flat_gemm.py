@@ -330,6 +330,42 @@ def test_at_most_eight_weights_a_group():
     assert [len(g.linears) for g in outcome.groups] == [8, 3]
 
 
+def test_pointwise_nodes_before_a_linear():
+    gamma, gates = parameter(16), torch.randn(2, 1, 32)
+
+    def function(gates, r):
+        gate, up = gates.chunk(2, -1)  # halves of a joint projection: rows that lie a row of both apart
+        return F.linear(F.silu(gate) * up, W) + r, F.linear(F.rms_norm(gate * 0.5 + up, (16,), gamma, 1e-6), V)
+
+    outcome = run(function, gates, torch.randn(2, 1, 24))
+    first, second = outcome.groups
+    assert [step.op for step in first.fused.prologue.steps] == ["silu", "mul"]
+    assert first.describe() == "1 linear [24] of K 16, M 2: silu, mul before; add after"
+    assert [step.op for step in second.fused.prologue.steps] == ["mul", "add"]
+    assert second.fused.norm.kind == "rms"
+    assert [outcome.count(name) for name in ("silu", "mul", "rms_norm", "linear")] == [0, 0, 0, 0]
+
+
+def test_pointwise_nodes_stay_with_inductor_where_rows_are_many_or_others_read():
+    many = torch.randn(17, 16)
+    assert run(lambda x: F.linear(torch.tanh(x), W), many).groups[0].fused.prologue is None
+    (group,) = run(lambda x: (F.linear(torch.tanh(x), W), torch.tanh(x).sum()), many[:4]).groups
+    assert [step.op for step in group.fused.prologue.steps] == ["tanh"]
+
+    def shared(x):
+        t = torch.tanh(x)
+        return F.linear(t, W), t.sum()
+
+    assert run(shared, many[:4]).groups[0].fused.prologue is None
+
+
+def test_what_follows_a_product_goes_with_it_and_not_with_the_next():
+    w = parameter(8, 24)
+    first, second = run(lambda x: F.linear(F.relu(F.linear(x, W)), w), X).groups
+    assert (first.steps, first.fused.prologue) == (("relu",), None)
+    assert (second.steps, second.fused.prologue) == ((), None)
+
+
 EXPECTED = {
     # How many groups of how many linears, norms before, operations after; three layers each.
     "llama": ({3: 3, 2: 3, 1: 7}, {"rms": 6}, {"add": 6, "silu": 3, "mul": 3}),
