@@ -208,12 +208,12 @@ def _compile(kernel: Kernel, calls: Sequence[tuple[Launch, Sequence[Any]]], devi
 def compile_here(kernel: Kernel, rows: int, device: torch.device) -> None:
     """Compile a kernel for `device` before anything runs, as it will be called with operands that lie together.
 
-    Does nothing where nothing is compiled: in the interpreter, and on devices that are no GPU.
+    Does nothing where nothing would run: in the interpreter, on devices that are no GPU, in a plan for another GPU.
 
     Raises:
         Unsupported: where Triton cannot compile it for this device.
     """
-    if device.type != "cuda" or device in kernel.compiled or interpreted():
+    if device.type != "cuda" or device in kernel.compiled or interpreted() or roofline.planned_device() is not None:
         return
     fused = kernel.writer.fused
     values: dict[str, Any] = {"M": rows, "x_stride": fused.depth, "x": getattr(torch, fused.dtype)}

@@ -110,13 +110,13 @@ def test_a_gpu_gets_the_dataflow(monkeypatch):
 def test_decisions_are_kept_for_a_process(monkeypatch):
     made = []
     monkeypatch.setattr(op, "Dataflow", lambda *given: made.append(given) or object())
-    dataflow.cache_clear()
+    op._dataflow.cache_clear()
     try:
         first = dataflow("float16", torch.device("cpu"), "", 64)
         assert dataflow("float16", torch.device("cpu"), "", 64) is first
-        assert made == [("float16", torch.device("cpu"), None, 64)]
+        assert made == [("float16", torch.device("cpu"), None, 64, None)]
     finally:
-        dataflow.cache_clear()
+        op._dataflow.cache_clear()
 
 
 def test_inside_a_compiled_function():
