@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 SUITES = (
-    "overhead", "depth", "attention", "decode_step", "gemm", "decode", "context", "sparse", "sparse_quality", "recorder",
-    "exit_quality",
+    "overhead", "depth", "attention", "decode_step", "gemm", "decode", "context", "sparse", "sparse_quality",
+    "recorder", "exit_quality",
 )  # fmt: skip
 
 
