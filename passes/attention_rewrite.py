@@ -12,6 +12,7 @@ from torch import fx
 from torch.nn import functional as F
 
 import fxopt.codegen.ops.attention  # noqa: F401  (registers the operator)
+from fxopt.codegen import lowering
 from fxopt.codegen.kernels import cpu_attention
 from fxopt.passes.attention import AttentionSite
 from fxopt.passes.context import PassContext
@@ -130,7 +131,7 @@ def attend(site: AttentionSite, context: PassContext, mask: fx.Node | None, exte
 def _record_kernel(site: AttentionSite, new: fx.Node, context: PassContext) -> None:
     """Say which generated kernel the operator calls on a CPU; one entry for all places that share it."""
     query, key, value = (value_of(node) for node in (site.query, site.key, site.value))
-    if site.device.type != "cpu" or not isinstance(site.tokens, int):
+    if site.device.type != "cpu" or "cpu" in lowering.KERNEL_DEVICES or not isinstance(site.tokens, int):
         return
     variant = cpu_attention.chosen(query, key, value, is_causal=site.is_causal, soft_cap=site.soft_cap)
     if variant is None:

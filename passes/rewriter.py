@@ -177,6 +177,8 @@ class Rewriter:
         if missing:
             raise PassError(f"cannot compute {node.name}: no example_value on {', '.join(missing)}")
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
+        if node.op == "call_method" and node.target == "copy_":
+            return args[0]  # a plan's tensors are on devices that torch may not know, where a copy asks for a guard
         with self.fake_mode:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -101,11 +101,12 @@ def test_a_prompt_computes_the_rows_that_want_a_layer(cache, eager_lowering):
     given = {"past_key_values": StaticCache(config=model.config, max_cache_len=16)} if cache == "static" else {}
     given["use_cache"] = cache != "none"
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
-        model(IDS, **given)
-        if cache == "static":
-            given["past_key_values"].reset()
+        for _ in range(2):  # a static cache that has its tensors compiles again; nothing may while rows are counted
+            model(IDS, **given)
+            if cache == "static":
+                given["past_key_values"].reset()
         assert rows_of_linears(model, IDS, **given) == 7 * int(counts.sum())
-    told = [r.message for r in fxopt.report(model).remarks if r.technique == "layer_skip" and r.status == "applied"]
+    told = [r.message for r in fxopt.report(model).graphs[-1].remarks if (r.technique, r.status) == ("layer_skip", "applied")]
     assert len(told) == 3 and all("for the rows that want it" in message for message in told)
 
 
