@@ -106,7 +106,8 @@ def test_a_prompt_computes_the_rows_that_want_a_layer(cache, eager_lowering):
             if cache == "static":
                 given["past_key_values"].reset()
         assert rows_of_linears(model, IDS, **given) == 7 * int(counts.sum())
-    told = [r.message for r in fxopt.report(model).graphs[-1].remarks if (r.technique, r.status) == ("layer_skip", "applied")]
+    remarks = fxopt.report(model).graphs[-1].remarks
+    told = [r.message for r in remarks if (r.technique, r.status) == ("layer_skip", "applied")]
     assert len(told) == 3 and all("for the rows that want it" in message for message in told)
 
 
