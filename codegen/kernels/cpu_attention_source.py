@@ -64,7 +64,7 @@ constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 static_assert(D % LANES == 0 && DV % LANES == 0 && BLOCK % LANES == 0 && SPLIT % BLOCK == 0);
 """
 
-BODY = """
+HELPERS = """
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 static inline Vec splat(float x) { return x - Vec{}; }
 static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
@@ -116,6 +116,10 @@ static inline Vec capped(Vec x, float cap) {  // cap * tanh(x / cap)
   return cap - 2.0f * cap / (exponential(twice) + 1.0f);
 }
 
+"""
+"""What the kernels of attention over a whole cache and over lists share."""
+
+BODY = HELPERS + """\
 void kernel(const Stored* query, const Stored* key, const Stored* value, const bool* seen, const float* bias,
             const float* sinks, Stored* out, float* scratch, int64_t batch, int64_t kv_heads, int64_t group,
             int64_t tokens, int64_t length, int64_t qb, int64_t qh, int64_t qt, int64_t kb, int64_t kh, int64_t ks,

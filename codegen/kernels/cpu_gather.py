@@ -16,13 +16,10 @@ import torch
 from torch import Tensor
 
 from fxopt.codegen import compat
-from fxopt.codegen.kernels import cpu_attention_source
 from fxopt.codegen.kernels.cpu_attention import SPLIT, STORED, CpuAttention
-from fxopt.codegen.kernels.cpu_attention_source import LANES, LOADS, TYPES
+from fxopt.codegen.kernels.cpu_attention_source import HELPERS, LANES, LOADS, TYPES
 from fxopt.codegen.kernels.cpu_gather_source import BODY, BOUNDS, HEADER, LOAD_HALVES
 
-HELPERS, _, _ = cpu_attention_source.BODY.partition("void kernel(")
-"""Vector functions of the dense kernel."""
 AHEAD = 8
 """Pages of bounds that are fetched ahead; measured: docs/decisions.md."""
 

@@ -7,13 +7,10 @@ float16 and float32; it shows no races and no speed.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,44 +19,27 @@ import torch
 from fxopt.codegen.kernels.attention import DecodeAttention, decode_attention, empty_partials
 from fxopt.codegen.kernels.attention_variants import kernel_names, source
 
+
+def beside(name: str) -> ModuleType:
+    """A file of this folder as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 SCRIPT = Path(__file__).with_name("interpreted_attention.py")
-_spec = importlib.util.spec_from_file_location("interpreted_attention", SCRIPT)
-assert _spec is not None
-assert _spec.loader is not None
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
+cases, interpreter = beside("interpreted_attention"), beside("interpreter")
 
 Run = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs a `case_*` function in the child process; its failure is the test's failure."""
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "FXOPT_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
-    }
-    command = [sys.executable, str(SCRIPT)]
-    with subprocess.Popen(
-        command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-
-        def run(case: Callable[..., None], **arguments: Any) -> None:
-            child.stdin.write(json.dumps([case.__name__, arguments]) + "\n")
-            child.stdin.flush()
-            answer = child.stdout.readline()
-            if not answer:
-                pytest.fail(f"the interpreter process ended with code {child.wait()}")
-            if failure := json.loads(answer):
-                pytest.fail(failure)
-
+    with interpreter.start(SCRIPT, tmp_path_factory.mktemp("cache")) as run:
         yield run
-        child.stdin.close()
 
 
 @pytest.mark.parametrize("length", [1, 63, 100, 1027])
