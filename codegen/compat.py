@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 # --- Triton: compiling for a target that is not here ---------------------------------------------------------------
@@ -42,15 +41,13 @@ def sm_name(arch: int) -> str:
 
 
 def ptxas_path(arch: int) -> str:
-    """The ptxas that ships with Triton; Blackwell has one of its own where the wheel brings two."""
-    import triton
+    """The ptxas that this Triton takes for an architecture; which one of the two it ships differs between versions."""
+    from triton.backends.nvidia import compiler
 
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    blackwell = folder / "ptxas-blackwell"
-    chosen = blackwell if arch >= 100 and blackwell.exists() else folder / "ptxas"
-    if not chosen.exists():
-        raise FileNotFoundError(f"no ptxas beside Triton in {folder}; this Triton was built without it")
-    return str(chosen)
+    try:
+        return str(compiler.get_ptxas(arch).path)
+    except RuntimeError as error:
+        raise FileNotFoundError(f"Triton has no ptxas for sm_{arch}: {error}") from error
 
 
 # --- torch ---------------------------------------------------------------------------------------------------------

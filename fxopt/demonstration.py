@@ -31,6 +31,7 @@ def run(model_name: str | None = None, *, shown: int = 48, page: str = "fxopt-re
     step of each way.
     """
     from fxopt import tinylm
+    from fxopt.bench.kept import newest
     from fxopt.evaluation import evaluate, load_model
 
     model, tokenizer = load_model(model_name or "tinylm")
@@ -55,30 +56,27 @@ def run(model_name: str | None = None, *, shown: int = 48, page: str = "fxopt-re
     except ImportError as error:
         print(f"\nno page: {error}")
     if model_name is None:
-        print(f"\n{_kept_contexts()}")
+        print("\nA kept result; fxopt demo --full measures it here.")
+        show_contexts(newest("context"))
 
 
 def measure_contexts(picture_path: str = "fxopt-contexts.png") -> None:
     """Measure tokens per second against the length of the context again (`fxopt demo --full`), print it and draw it."""
-    from fxopt.bench import context, load_suite
+    from fxopt.bench import load_suite
 
-    result = load_suite("context")().to_dict()
+    show_contexts(load_suite("context")().to_dict(), picture_path)
+
+
+def show_contexts(result: dict[str, Any], picture_path: str = "fxopt-contexts.png") -> None:
+    """Print a result of the suite `context`, which says what the length of the context does to each way; draw it."""
+    from fxopt.bench import context
+
     print(context.lines(result))
     try:
         context.picture(result, picture_path)
         print(f"picture: {picture_path}")
     except ImportError as error:
         print(f"no picture: {error}")
-
-
-def _kept_contexts() -> str:
-    """What the length of the context does to the same ways, from the result that is kept."""
-    from fxopt.bench import context, kept
-
-    try:
-        return f"{context.lines(kept.newest('context'))}, kept; fxopt demo --full measures it here"
-    except FileNotFoundError as error:
-        return str(error)
 
 
 def techniques(model: Any, trained: bool) -> tuple[Technique, ...]:

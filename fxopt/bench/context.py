@@ -214,7 +214,7 @@ def picture(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     axes.set_ylabel("decode, tokens per second")
     machine = result["environment"]
     axes.set_title(f"{machine['device']}, {machine['threads']} thread(s), {machine['date']}", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(pathlib.Path(path))
 
 

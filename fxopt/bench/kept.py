@@ -2,11 +2,13 @@
 
     python -m fxopt.bench.kept README.md     # writes the newest result of a suite between its marks
 
-A document marks a place by ``<!-- bench SUITE -->`` and ``<!-- end bench -->``.
+A document marks a place by ``<!-- bench SUITE -->`` and ``<!-- end bench -->``, and a picture, which is drawn again, by
+``![...](FILE.png)<!-- picture of SUITE -->``.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import pathlib
 import re
@@ -16,6 +18,7 @@ from typing import Any
 from fxopt.bench.harness import RESULTS, shown
 from fxopt.codegen.files import write_whole
 
+_PICTURE = re.compile(r"!\[[^\]]*\]\((\S+)\)<!-- picture of (\S+) -->")
 _PLACE = re.compile(r"(<!-- bench (\S+) -->\n).*?(<!-- end bench -->)", re.DOTALL)
 
 
@@ -56,6 +59,11 @@ def filled(text: str, folder: pathlib.Path = RESULTS) -> str:
     return _PLACE.sub(lambda place: f"{place[1]}{markdown(newest(place[2], folder))}\n{place[3]}", text)
 
 
+def pictures(text: str) -> dict[str, str]:
+    """The picture files that `text` marks, as it names them, and the suite of each."""
+    return dict(_PICTURE.findall(text))
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:.3g}"
 
@@ -63,4 +71,7 @@ def _milliseconds(seconds: float) -> str:
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         document = pathlib.Path(name)
-        write_whole(document, filled(document.read_text(encoding="utf-8")))
+        text = filled(document.read_text(encoding="utf-8"))
+        write_whole(document, text)
+        for path, suite in pictures(text).items():
+            importlib.import_module(f"fxopt.bench.{suite}").picture(newest(suite), document.parent / path)
