@@ -31,6 +31,8 @@ class Ahead:
     configuration: Mapping[str, Any]
     compile: Callable[[str], Mapping[str, CompiledInfo]] = field(compare=False)
     """Compiles it for one of ``targets.TARGETS``, by the name of each function; a second or two."""
+    known: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What is known without compiling: who decided for it, and resources where it was compiled for the device here."""
 
 
 Teller = Callable[[tuple[Any, ...], Mapping[str, Any], roofline.Device], "Ahead | None"]
@@ -84,6 +86,7 @@ def _fused_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: roof
     return Ahead(
         kernel.path.stem, config.family, kernel.writer.module(), vars(config).copy(),
         lambda target: gemm_launch.compile_for(fused, config, target),
+        {"decided by": flow.decided_by(sum(fused.widths), fused.depth), **kernel.resources},
     )  # fmt: skip
 
 

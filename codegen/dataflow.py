@@ -224,6 +224,10 @@ class Dataflow:
         """Whether [n, k] was measured on this device."""
         return self.table is not None and (n, k) in self.table.entries
 
+    def decided_by(self, n: int, k: int) -> str:
+        """``measured table`` or ``roofline model``."""
+        return "measured table" if self.measured(n, k) else "roofline model"
+
     def thresholds(self, n: int, k: int) -> Thresholds:
         """M1 and M2 of [n, k]; n is the sum of the widths of a group."""
         if self.table is not None and (n, k) in self.table.entries:

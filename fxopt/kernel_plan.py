@@ -45,8 +45,9 @@ def record_kernels(module: fx.GraphModule, record: GraphRecord, device: roofline
         entry = found.setdefault(
             kernel.name, KernelRecord(kernel.name, kernel.family, (), (), kernel.source, dict(kernel.configuration))
         )
+        entry.resources |= kernel.known
         entry.nodes = tuple(sorted({*entry.nodes, *origin_ids(node)}))
-        entry.modules = tuple(dict.fromkeys((*entry.modules, *filter(None, [module_path(node)]))))
+        entry.modules = tuple(dict.fromkeys((*entry.modules, *_modules(node))))
     for entry in found.values():
         entry.modules = tuple(sorted(entry.modules, key=_in_turn))
     record.kernels = list(found.values())
@@ -77,6 +78,15 @@ def resources(kernel: Ahead, target: str) -> dict[str, Any]:
             f"{prefix}assembly": info.asm,
         }
     return told
+
+
+def _modules(node: fx.Node) -> list[str]:
+    """Paths of the modules a call stands for: its own, or those its ``origin`` lists with ``*`` for its layer."""
+    path, listed = module_path(node), str(node.kwargs.get("origin") or "")
+    numbers = [part for part in path.split(".") if part.isdigit()]
+    named = [name for name in listed.split(", ") if name and name.count("*") == len(numbers)]
+    filled = [name.replace("*", "{}").format(*numbers) for name in named]
+    return filled or [path] * bool(path)
 
 
 def _calls(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Any, tuple[Any, ...], dict[str, Any]]]:

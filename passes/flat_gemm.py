@@ -28,7 +28,6 @@ import torch
 from torch import fx
 
 from fxopt.codegen import lowering
-from fxopt.codegen.dataflow import Dataflow
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.gemm import MAX_ROWS
 from fxopt.codegen.kernels.gemm_launch import build, compile_here
@@ -36,8 +35,7 @@ from fxopt.codegen.ops import fused_linear
 from fxopt.passes.context import PassContext
 from fxopt.passes.linear_groups import Group, linears_of, plan_groups
 from fxopt.passes.nodes import value_of
-from fxopt.passes.provenance import module_path, origin_ids
-from fxopt.passes.record import KernelRecord
+from fxopt.passes.provenance import module_path
 from fxopt.passes.technique import SettingError, Technique
 
 __all__ = ["FlatGemm", "Group", "apply_group", "apply_groups", "plan_groups"]
@@ -102,7 +100,7 @@ class FlatGemm(Technique):
             context.applied(node, group.describe(), count=len(group.linears))
 
     def _refusal(self, group: Group, context: PassContext) -> tuple[str, str] | None:
-        """Why the library keeps a group; where a kernel is taken it is written and recorded."""
+        """Why the library keeps a group; where a kernel is taken it is written, and compiled for the device here."""
         if not _on_kernel_device(group.linears[0]):
             return "FX207", f"generated kernels need CUDA or ROCm, this is {value_of(group.linears[0]).device}"
         fused = group.fused
@@ -118,23 +116,7 @@ class FlatGemm(Technique):
             compile_here(kernel, group.rows, value_of(group.x).device)
         except Unsupported as reason:
             return "FX303", f"{group.describe()}: {reason.reason}"
-        context.kernel(
-            KernelRecord(
-                kernel.path.stem,
-                config.family,
-                tuple(sorted({i for node in group.nodes for i in origin_ids(node)})),
-                tuple(dict.fromkeys(module_path(node) for node in group.linears)),
-                kernel.path.read_text(encoding="utf-8"),
-                vars(config).copy(),
-                {"decided by": decided_by(flow, group), **kernel.resources},
-            )
-        )
         return None
-
-
-def decided_by(flow: Dataflow, group: Group) -> str:
-    """``measured table`` or ``roofline model``."""
-    return "measured table" if flow.measured(sum(group.fused.widths), group.fused.depth) else "roofline model"
 
 
 def origin(group: Group) -> str:

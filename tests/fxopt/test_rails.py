@@ -126,12 +126,14 @@ def test_a_plan_has_kernels_for_its_target_and_the_work_of_each_component():
     step = decode_inputs(model, cache=1024)
     report = fxopt.plan(model, fxopt.AsyncSoftmax(), inputs=step, target="h200")
     assert report.count("flat_gemm") == 15 and report.count("async_softmax") == 2 == report.count("cache_extent")
-    assert [k.family for k in report.kernels] == ["gemv"] * 5 + ["attention"]
+    assert sorted(k.family for k in report.kernels) == ["attention"] + ["gemv"] * 5
     for kernel in report.kernels:
         assert kernel.resources["target"] == "sm_90" and "@triton.jit" in kernel.source
         assert any(key.endswith("registers") and value > 0 for key, value in kernel.resources.items())
         assert any(key.endswith("assembly") and ".target sm_90" in value for key, value in kernel.resources.items())
-    attention = report.kernels[-1]
+    gemvs, attention = report.kernels[0], next(k for k in report.kernels if k.family == "attention")
+    assert gemvs.modules[:3] == tuple(f"model.layers.0.self_attn.{name}_proj" for name in "kqv")
+    assert gemvs.resources["decided by"] == "roofline model"
     assert attention.modules == ("model.layers.0.self_attn", "model.layers.1.self_attn")
     assert attention.resources["async_split registers"] > 0 and attention.resources["recompute_split spills"] == 0
     assert "for model.layers.*.self_attn x2" in views.kernels(report).text(100)

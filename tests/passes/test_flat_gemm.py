@@ -20,6 +20,7 @@ from fxopt.codegen import lowering, roofline
 from fxopt.codegen.dataflow import Dataflow
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.ops import fused_linear
+from fxopt.kernel_plan import record_kernels_here
 from fxopt.passes.context import PassContext
 from fxopt.passes.flat_gemm import FlatGemm, apply_groups, plan_groups
 from fxopt.passes.linear_groups import linears_of
@@ -51,6 +52,7 @@ class Outcome:
             apply_groups(groups, context)
             self.groups += groups
         verify(gm.graph)
+        record_kernels_here(gm, record)
         gm.recompile()
         self.graphs.append(gm.graph)
         self.remarks += context.remarks
@@ -452,6 +454,7 @@ def kernels_everywhere(monkeypatch):
         return Dataflow(dtype, device, tables or None, max_m, roofline.DEVICES["H200"])
 
     monkeypatch.setattr(fused_linear, "dataflow", decisions)
+    monkeypatch.setattr(roofline, "current_device", lambda device=None: roofline.DEVICES["H200"])
 
 
 def mlp(x):
@@ -501,6 +504,7 @@ def test_layers_share_one_kernel(kernels_everywhere):
     kernels = outcome.records[0].kernels  # one record a kernel, with every place that shares it
     assert len({kernel.name for kernel in kernels}) == 5
     assert sorted(len(kernel.modules) for kernel in kernels) == [1, 3, 3, 3, 3], [k.modules for k in kernels]
+    assert ("layers.0.up", "layers.1.up", "layers.2.up") in [kernel.modules for kernel in kernels]
 
 
 def test_a_cpu_costs_one_remark_and_nothing_else(eager_lowering, monkeypatch):
