@@ -229,7 +229,7 @@ def decode_inputs(model: nn.Module, *, cache: int = 4096, batch: int = 1) -> dic
 
     text = config.get_text_config()
     weight = next(model.parameters())
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = _key_value_heads(text)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kept = StaticCache(config=text, max_cache_len=cache)
     kept.early_initialization(batch, heads, width, weight.dtype, weight.device)
@@ -239,6 +239,14 @@ def decode_inputs(model: nn.Module, *, cache: int = 4096, batch: int = 1) -> dic
         prepare(ids, past_key_values=kept, attention_mask=seen, position_ids=torch.zeros_like(ids), use_cache=True,
                 next_sequence_length=1)
     )  # fmt: skip
+
+
+def _key_value_heads(config: Any) -> int:
+    """KV heads of a text model; Falcon and GPT-BigCode say with a switch that it is one."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    names = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
+    return next(int(heads) for name in names if (heads := getattr(config, name, None)))
 
 
 def _target(name: str | None) -> roofline.Device | None:
