@@ -38,6 +38,7 @@ def inspect(
     tolerance: Annotated[float, typer.Option(help="For repro: how far compiled may be from eager.")] = 1e-3,
     set_: Annotated[list[str] | None, typer.Option("--set", help="For numerics: a technique. Repeatable.")] = None,
     passes: Annotated[str, typer.Option(help="For numerics: so many passes, or only these names (a,b).")] = "",
+    compiled: Annotated[bool, typer.Option(help="For numerics: also as compiled, which takes a compilation.")] = True,
     expect: Annotated[list[str] | None, typer.Option(help='Exit with 1 unless it holds, e.g. "layer_skip>=1".')] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[pathlib.Path | None, typer.Option(help="Write the page.")] = None,
@@ -58,7 +59,7 @@ def inspect(
             _show(views.explain(code), as_json)
             return
         if view == "numerics":
-            numbers = _numerics(source, context.args, set_, passes)
+            numbers = _numerics(source, context.args, set_, passes, compiled)
             _show(numbers.view, as_json)
             if numbers.first:
                 raise typer.Exit(SHORTFALL)
@@ -112,7 +113,7 @@ def _report(source: str | None, args: list[str]) -> Any:
     return views.run_script(source, args) if source.endswith(".py") else views.load(source)
 
 
-def _numerics(source: str | None, args: list[str], settings: list[str] | None, passes: str) -> Any:
+def _numerics(source: str | None, args: list[str], settings: list[str] | None, passes: str, compiled: bool) -> Any:
     """Of a model by name, or of ``model`` and ``inputs`` that a script defines (and ``techniques``, if it does)."""
     from fxopt import commands
     from fxopt.inspection.numerics import numerics
@@ -127,9 +128,10 @@ def _numerics(source: str | None, args: list[str], settings: list[str] | None, p
     limit = int(passes) if passes.isdigit() else [p.strip() for p in passes.split(",")] if passes else None
     if source.endswith(".py"):
         names = names_of(source, args, ("model", "inputs"))
-        return numerics(names["model"], names["inputs"], *names.get("techniques", ()), *techniques, passes=limit)
+        techniques = [*names.get("techniques", ()), *techniques]
+        return numerics(names["model"], names["inputs"], *techniques, passes=limit, compiled=compiled)
     model = commands.load_model(source)
-    return numerics(model, default_inputs(model), *techniques, passes=limit)
+    return numerics(model, default_inputs(model), *techniques, passes=limit, compiled=compiled)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Where do the numbers part? The captured graph and the graph after each pass, against a float64 reference.
+"""Where do the numbers part? The captured graph, the graph after each pass and what is compiled of the last one,
+against a float64 reference.
 
 An exact pass has to compute what the model computes; an approximate one what its technique's plain-PyTorch reference
 computes. Both references run in float64, and a pass only counts as diverging when it is much further from them than
@@ -19,15 +20,20 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fxopt import reporting
+from fxopt.backend import Backend
 from fxopt.codegen import compat
 from fxopt.compiler import Given, flatten, settle
-from fxopt.inspection.replay import Replay
+from fxopt.inspection.replay import Only, Replay
+from fxopt.inspection.scripts import next_number
 from fxopt.inspection.text import View, table, wrapped
 from fxopt.meaning import reference, shared_copy
 from fxopt.passes.provenance import module_path, node_id, source_line
 from fxopt.passes.record import target_name
 from fxopt.passes.technique import Decorated, SettingError, Technique, nearest
 
+COMPILED = "compiled"
+"""The last stage: what Inductor and the generated kernels compute."""
 SLACK = 8.0
 """How many times eager's own error a pass may have before it counts as diverging."""
 FLOOR = 64
@@ -83,16 +89,19 @@ class Numbers:
     def _lines(self, width: int) -> list[str]:
         rows = [
             (
-                ("" if s.name == "captured" else "= " if s.exact else "~ ") + s.name, s.verdict, f"{s.error:.1e}",
-                f"{s.ulp:.0f}", f"{s.eager_error:.1e}", "" if s.kl is None else f"{s.kl:.3g}",
+                ("" if s.name in ("captured", COMPILED) else "= " if s.exact else "~ ") + s.name, s.verdict,
+                f"{s.error:.1e}", f"{s.ulp:.0f}", f"{s.eager_error:.1e}", "" if s.kl is None else f"{s.kl:.3g}",
                 "" if s.agreement is None else f"{100 * s.agreement:.1f}%",
             )
             for s in self.stages
         ]  # fmt: skip
         lines = table(("after", "verdict", "error", "ulp", "eager", "KL", "top-1"), rows, width)
         if not self.first:
-            return [*lines, *wrapped("No pass diverges from its float64 reference.", width)]
-        text = f"{self.first} is the first pass that diverges."
+            return [*lines, *wrapped("No stage diverges from its float64 reference.", width)]
+        compiled = self.first == COMPILED
+        text = f"{self.first} is the first {'stage' if compiled else 'pass'} that diverges."
+        if compiled and self.culprit is None:
+            text += " Where every value is kept, none does: look at what is fused (--view repro --minify)."
         if self.culprit is not None:
             c = self.culprit
             text += f" The first value that differs is {c.node} = {c.target}(...), relative error {c.error:.1e}"
@@ -107,13 +116,15 @@ def numerics(
     *techniques: Given,
     disable: str | tuple[str, ...] = (),
     passes: int | Sequence[str] | None = None,
+    compiled: bool = True,
 ) -> Numbers:
-    """Run `model` as captured and after each pass, and compare with float64 references.
+    """Run `model` as captured, after each pass and as compiled, and compare with float64 references.
 
     Args:
         inputs: keyword arguments or positional ones of one forward.
         disable: passes to go without.
         passes: only so many passes, or only those with these names.
+        compiled: also what Inductor and the generated kernels make of the last graph, which takes a compilation.
 
     Raises:
         SettingError: for settings or pass names that cannot be meant.
@@ -152,9 +163,29 @@ def numerics(
         if numbers.verdict == "diverges" and not first:
             first, culprit = name, _culprit(replay, frozenset(before), frozenset(allowed), run)
         before = allowed
+    if compiled:
+        found = _compiled(Only.of(settings, frozenset(before)), model, args, kwargs)
+        numbers = _judge(COMPILED, True, found, current)
+        if current is not base:
+            kl, agreement = _logits(base.exact_outputs, found)
+            numbers = dataclasses.replace(numbers, exact=False, kl=kl, agreement=agreement)
+        stages.append(numbers)
+        if numbers.verdict == "diverges" and not first:
+            first, culprit = COMPILED, _compiled_culprit(replay, frozenset(before), run)
     if stages[0].verdict == "diverges":
         first, culprit = "captured", None
     return Numbers(tuple(stages), first, culprit)
+
+
+def _compiled(settings: Only, model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+    """The outputs of `model` as ``fxopt.compile`` would make it; nothing of the compilation is kept."""
+    start = next_number()
+    try:
+        with torch.no_grad():
+            call = compat.compile_alone(Backend(settings, model))
+            return _outputs(call(model, *copy.deepcopy((args, kwargs))))
+    finally:
+        reporting.discard([g for r in reporting.reports() for g in r.graphs if g.number >= start])
 
 
 def _limited(names: list[str], passes: int | Sequence[str] | None) -> list[str]:
@@ -195,9 +226,7 @@ class _Reference:
         with torch.no_grad():
             own = _outputs(meant._call_impl(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
             wide = copy.deepcopy(meant).double()
-            args, kwargs = pytree.tree_map_only(
-                Tensor, lambda t: t.double() if t.is_floating_point() else t.clone(), (args, kwargs)
-            )
+            args, kwargs = pytree.tree_map(_widened, copy.deepcopy((args, kwargs)))
             default = torch.get_default_dtype()
             torch.set_default_dtype(torch.float64)
             try:
@@ -206,6 +235,17 @@ class _Reference:
             finally:
                 torch.set_default_dtype(default)
         self.eager_error = max((_error(a, b)[0] for a, b in zip(own, self.exact_outputs, strict=True)), default=0.0)
+
+
+def _widened(value: Any) -> Any:
+    """An input in float64; a Hugging Face cache, which is one leaf, with what its layers hold."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    for layer in getattr(value, "layers", None) or ():
+        for name, held in list(vars(layer).items()):
+            if isinstance(held, Tensor):
+                setattr(layer, name, _widened(held))
+    return value
 
 
 def _given(model: nn.Module, techniques: tuple[Given, ...], allowed: set[str]) -> tuple[Given, ...]:
@@ -299,6 +339,28 @@ def _culprit(
                 return Culprit(
                     node.name, target_name(node), module_path(node), source_line(node), error, _made(node, old)
                 )
+    return None
+
+
+def _compiled_culprit(replay: Replay, after: frozenset[str], run: Callable[[], list[Tensor]]) -> Culprit | None:
+    """The first node whose compiled value is another than in eager; all values are kept, so that less is fused."""
+    replay.allowed = after
+    try:
+        replay.watching = True
+        run()
+        replay.compiling = True
+        run()
+    finally:
+        replay.watching = replay.compiling = False
+    for graph in replay.graphs:
+        eager, compiled = graph.values.get(after, {}), graph.compiled_values
+        for node in graph.stage(after).module.graph.nodes:
+            number = node_id(node)
+            if number not in eager or number not in compiled or not compiled[number].is_floating_point():
+                continue
+            error, _ = _error(compiled[number], eager[number])
+            if error > FLOOR * torch.finfo(compiled[number].dtype).eps:
+                return Culprit(node.name, target_name(node), module_path(node), source_line(node), error, ())
     return None
 
 

@@ -1,4 +1,4 @@
-"""Run a model's captured graphs with any selection of passes, as FX and without Inductor, and watch their values."""
+"""Run a model's captured graphs with any selection of passes, as FX or by Inductor, and watch their values."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxopt.backend import describe, run_passes
+from fxopt.backend import describe, own_module, run_passes
+from fxopt.codegen import compat, post_grad
 from fxopt.options import Settings
 from fxopt.passes import order
 from fxopt.passes.provenance import node_id, number_nodes
 from fxopt.passes.record import GraphRecord, Recorder
 
 
-class _Only(Settings):
+class Only(Settings):
     """Settings of which only some passes act."""
 
     allowed: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, settings: Settings, allowed: frozenset[str]) -> Only:
+        """`settings`, of which only the passes in `allowed` act."""
+        made = cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)})
+        object.__setattr__(made, "allowed", allowed)
+        return made
 
     def reach(self, name: str, graph: fx.Graph) -> Any:
         return super().reach(name, graph) if name in self.allowed else []
@@ -38,6 +46,9 @@ class Replay:
         self.names: list[str] = []
         self.graphs: list[Captured] = []
         self.watching = False
+        """Keep the values that the nodes have as FX."""
+        self.compiling = False
+        """Run by Inductor, and keep the values that the nodes have then."""
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Runner:
         captured = Captured(gm, self)
@@ -59,6 +70,7 @@ class _Stage:
     module: fx.GraphModule
     record: GraphRecord
     wrappers: list[Any]
+    patches: dict[str, Any]
 
 
 class Captured:
@@ -70,30 +82,57 @@ class Captured:
         self.replay = replay
         self.stages: dict[frozenset[str], _Stage] = {}
         self.values: dict[frozenset[str], dict[int, Tensor]] = {}
+        self.compiled_values: dict[int, Tensor] = {}
 
     def stage(self, allowed: frozenset[str]) -> _Stage:
         if allowed not in self.stages:
-            settings = _Only(**{f.name: getattr(self.replay.settings, f.name) for f in dataclasses.fields(Settings)})
-            object.__setattr__(settings, "allowed", allowed)
+            settings = Only.of(self.replay.settings, allowed)
             gm = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
             record = GraphRecord(0, "-", "")
             describe(record, gm)
             recorder = Recorder(record, "1")
             recorder.stage("captured", gm.graph, level="torch", seconds=0.0)
-            gm, wrappers, _ = run_passes(gm, record, recorder, settings)
-            self.stages[allowed] = _Stage(gm, record, wrappers)
+            gm, wrappers, patches = run_passes(gm, record, recorder, settings)
+            self.stages[allowed] = _Stage(gm, record, wrappers, patches)
         return self.stages[allowed]
 
     def __call__(self, *inputs: Any) -> Any:
         stage = self.stage(self.replay.allowed)
         run: Runner = stage.module.forward
-        if self.replay.watching:
+        if self.replay.compiling:
+            run = self._compiled(stage)
+        elif self.replay.watching:
             watch = _Watch(stage.module)
             self.values[self.replay.allowed] = watch.values
             run = watch.run
         for wrap in stage.wrappers:
             run = wrap(run)
         return run(*inputs)
+
+
+    def _compiled(self, stage: _Stage) -> Runner:
+        """The stage as Inductor compiles it when every value that it computes is asked for besides."""
+
+        def run(*inputs: Any) -> Any:
+            gm = own_module(stage.module)
+            output = gm.graph.output_node()
+            own = output.args[0]
+            assert isinstance(own, (tuple, list))
+            watched = [n for n in gm.graph.nodes if is_watched(n) and isinstance(n.meta.get("example_value"), Tensor)]
+            output.args = ((*own, *watched),)
+            gm.recompile()
+            patches = {**stage.patches, **post_grad.patches(gm)}
+            result = compat.compile_with_inductor(gm, list(inputs), self.replay.settings.mode, patches)(*inputs)
+            values = zip(watched, result[len(own) :], strict=True)
+            self.compiled_values = {node_id(n): v.detach().clone() for n, v in values if isinstance(v, Tensor)}
+            return tuple(result[: len(own)])
+
+        return run
+
+
+def is_watched(node: fx.Node) -> bool:
+    """Whether a node computes a value of its own: not what it writes in place, which is another value later on."""
+    return node.op == "call_function" or (node.op == "call_method" and not str(node.target).endswith("_"))
 
 
 class _Watch(fx.Interpreter):

@@ -79,11 +79,12 @@ def test_what_a_script_prints_does_not_mix_with_the_view(run, eager_lowering, sc
     assert json.loads(found.stdout)["view"] == "summary" and "chatter" in found.stderr
 
 
-def test_numerics_of_a_script(run, script):
+def test_numerics_of_a_script(run, eager_lowering, script):
     found = run("--view", "numerics", "--json", "--", script)
     assert found.exit_code == 0, found.output
     stages = {s["name"]: s for s in json.loads(found.output)["stages"]}
     assert stages["layer_skip"]["verdict"] in ("as eager", "closer", "rounding") and stages["layer_skip"]["kl"] > 0
+    assert list(stages)[-1] == "compiled" and stages["compiled"]["error"] == stages["layer_skip"]["error"]
     script.write_text("model = 3\n")
     assert "defines no 'inputs'" in run("--view", "numerics", "--", script).output
 
