@@ -105,6 +105,73 @@ def compile_with_inductor(graph_module: Any, example_inputs: Any, mode: str | No
     return torch._TorchCompileInductorWrapper(mode, patches or None, None)(graph_module, example_inputs)
 
 
+def compile_with_provenance(
+    graph_module: Any, example_inputs: Any, mode: str | None, patches: dict[str, Any], keep: Any
+) -> Any:
+    """:func:`compile_with_inductor` without its caches, C++ kernels visible to the profiler.
+
+    Calls ``keep({"kernel:number": [node.meta["custom"], ...]})`` for each graph that is lowered: what it calls, in
+    order, with the marks of the ATen nodes that each call computes.
+    """
+    import torch
+    from torch._functorch import config as functorch_config
+    from torch._inductor import debug
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def inner(gm: Any, inputs: Any, **options: Any) -> Any:
+        known = set(debug._inductor_triton_kernel_to_post_grad_node_info)
+        compiled = compile_fx_inner(gm, inputs, **options)
+        # Afterwards, when the passes on the ATen graph have run: kernels are told by the names of its nodes.
+        marks = {node.name: node.meta.get("custom") or {} for node in gm.graph.nodes}
+        calls = debug._inductor_triton_kernel_to_post_grad_node_info
+        keep({label: [marks.get(n, {}) for n in nodes] for label, nodes in calls.items() if label not in known})
+        return compiled
+
+    watched = {"trace.provenance_tracking_level": 1, "cpp.enable_kernel_profile": True, "fx_graph_cache": False}
+    config = torch._TorchCompileInductorWrapper(mode, {**patches, **watched}, None).config
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(graph_module, example_inputs, inner_compile=inner, config_patches=config)
+
+
+def profiled(function: Any, inputs: Any) -> tuple[Any, float, list[tuple[str, float]]]:
+    """(result, seconds of the whole call, [(operator or kernel, seconds), ...] in order) of one call.
+
+    Seconds of what a GPU runs are the device's own. An operator that others call inside stands for them.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    on_gpu = torch.cuda.is_available()
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=kinds) as found, record_function("fxopt call"):
+        result = function(*inputs)
+        if on_gpu:
+            torch.cuda.synchronize()
+    whole, events = 0.0, []
+    for event in found.events() or ():
+        parent = event.cpu_parent
+        if event.name == "fxopt call" and event.device_type.name == "CPU":
+            whole = event.cpu_time_total / 1e6
+        elif event.device_type.name == "CPU" and parent is not None and not _is_frame(event.name):
+            while parent is not None and _is_frame(parent.name) and parent.name != "fxopt call":
+                parent = parent.cpu_parent
+            if parent is not None and parent.name == "fxopt call":
+                events.append((event.time_range.start, event.name, (event.device_time_total or event.cpu_time_total)))
+    return result, whole, [(name, microseconds / 1e6) for _, name, microseconds in sorted(events)]
+
+
+def profiler_is_on() -> bool:
+    """Whether somebody else's profiler runs: there can be one only."""
+    from torch._C._autograd import _profiler_enabled
+
+    return bool(_profiler_enabled())
+
+
+def _is_frame(name: str) -> bool:
+    """Whether the profiler's event of this name only holds others: what Inductor and AOTAutograd write around calls."""
+    return name == "fxopt call" or name.startswith(("## Call", "AOTDispatcher", "Torch-Compiled", "CompiledFunction"))
+
+
 def around_compiled_call(module: Any, around: Any) -> None:
     """Call ``around(module, compiled, *args, **kwargs)`` where `module`, compiled in place, would be entered.
 

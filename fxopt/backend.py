@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt import reporting
+from fxopt import profiling, reporting
 from fxopt.codegen import compat, post_grad
 from fxopt.kernel_plan import record_kernels_here
 from fxopt.options import Setting, Settings, parse_options
@@ -83,7 +83,10 @@ def compile_graph(
         patches = {**patches, **slot}
         lowering = time.perf_counter()
         examples = [*example_inputs, *inputs.examples(gm.graph)]
-        compiled = compat.compile_with_inductor(gm, examples, settings.mode, patches)
+        if profiling.asked():
+            compiled = profiling.compile_measured(gm, examples, settings.mode, patches, record)
+        else:
+            compiled = compat.compile_with_inductor(gm, examples, settings.mode, patches)
         record.inductor_seconds = time.perf_counter() - lowering
         for reason in (reason for own in slot.values() for reason in own.refused):
             message = f"an operator launches its kernel itself, Inductor does not: {reason}"

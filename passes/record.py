@@ -105,6 +105,25 @@ class KernelRecord:
     resources: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A kernel or library call that was timed: the nodes it computes, their modules, median seconds a call."""
+
+    name: str
+    nodes: tuple[int, ...]
+    modules: tuple[str, ...]
+    seconds: float
+
+
+@dataclass
+class Profile:
+    """Times of a graph that was called under the profiler: medians of `calls` calls, in the order of the kernels."""
+
+    calls: int
+    seconds: float
+    kernels: list[Measured] = field(default_factory=list)
+
+
 @dataclass
 class GraphRecord:
     """Everything kept of one compiled graph."""
@@ -124,6 +143,8 @@ class GraphRecord:
     error: str = ""
     counted: dict[str, float] = field(default_factory=dict)
     """What the compiled graph counted while it ran, as of the moment the report was asked for."""
+    profile: Profile | None = None
+    """Measured times, where they were asked for (``fxopt/profiling.py``)."""
     owner: int = 0
     """Token of the `fxopt.compile` call (0: plain torch.compile)."""
     modules: frozenset[int] = frozenset()
@@ -158,6 +179,7 @@ class GraphRecord:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("modules", "owner")}
         for key in ("stages", "remarks", "settings", "kernels"):
             data[key] = [dataclasses.asdict(item) for item in data[key]]
+        data["profile"] = dataclasses.asdict(self.profile) if self.profile is not None else None
         return data
 
     @classmethod
@@ -172,6 +194,10 @@ class GraphRecord:
         values["kernels"] = [
             KernelRecord(**{**k, "nodes": tuple(k["nodes"]), "modules": tuple(k["modules"])}) for k in data["kernels"]
         ]
+        if data.get("profile") is not None:
+            kernels = [Measured(**{**k, "nodes": tuple(k["nodes"]), "modules": tuple(k["modules"])})
+                       for k in data["profile"]["kernels"]]  # fmt: skip
+            values["profile"] = Profile(**{**data["profile"], "kernels": kernels})
         return cls(**values)
 
 

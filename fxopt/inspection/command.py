@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +40,7 @@ def inspect(
     passes: Annotated[str, typer.Option(help="For numerics: so many passes, or only these names (a,b).")] = "",
     compiled: Annotated[bool, typer.Option(help="For numerics: also as compiled, which takes a compilation.")] = True,
     expect: Annotated[list[str] | None, typer.Option(help='Exit with 1 unless it holds, e.g. "layer_skip>=1".')] = None,
+    profile: Annotated[bool, typer.Option(help="Measure each kernel while the script runs; compiles afresh.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[pathlib.Path | None, typer.Option(help="Write the page.")] = None,
     save: Annotated[pathlib.Path | None, typer.Option(help="Save the report as JSON.")] = None,
@@ -51,6 +52,7 @@ def inspect(
     is shown all the same).
     """
     from fxopt.inspection import views
+    from fxopt.profiling import measuring
 
     if view not in VIEWS:
         _fail(f"there is no view {view!r}: {', '.join(VIEWS)}.")
@@ -64,7 +66,9 @@ def inspect(
             if numbers.first:
                 raise typer.Exit(SHORTFALL)
             return
-        with _recording("full" if view == "repro" else ""):
+        if profile and not (source or "").endswith(".py"):
+            _fail("--profile measures while a script runs: fxopt inspect --profile -- script.py args")
+        with _recording("full" if view == "repro" else ""), measuring() if profile else nullcontext():
             report = _report(source, context.args)
         # Saved before it is shown: a view that cannot be made must not lose what a script compiled.
         if save is not None:

@@ -15,7 +15,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from fxopt.inspection import places
-from fxopt.inspection.work import least_seconds, work
+from fxopt.inspection.work import least_seconds, measured, work
 from fxopt.passes.reasons import REASONS
 from fxopt.passes.record import SCHEMA_VERSION, GraphRecord, NodeRow, Remark, Stage
 
@@ -47,7 +47,7 @@ def page(report: Report, *, limit: int = LIMIT, pictures: Iterable[Picture] = ()
     """
     template = _template()
     styles = _asset("report.css")
-    script = "".join(map(_asset, ("report_model.js", "report_view.js", "report_nav.js")))
+    script = "".join(map(_asset, ("report_model.js", "report_view.js", "report_work.js", "report_nav.js")))
     fixed = len(styles) + len(script) + 8_000
     drawn = [vars(picture) for picture in pictures]
     data = ""
@@ -108,6 +108,7 @@ def payload(report: Report, trim: int = 0) -> dict[str, Any]:
         {
             **_graph(graph, index, strings, left_out),
             "work": work(graph, report.environment),
+            "measured": measured(graph, report.environment),
             "least": least_seconds(graph, report.environment),
         }
         for index, graph in enumerate(report.graphs)

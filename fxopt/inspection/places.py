@@ -156,3 +156,11 @@ def source_of(graph: GraphRecord, path: str) -> str:
         if row.op not in ("placeholder", "get_attr") and row.source and within(row.module, path):
             return row.source
     return ""
+
+
+_STATE = re.compile(r"\b[A-Za-z_]\w*?_(?:modules|parameters|buffers)_(\w+?)_*\b")
+
+
+def short_names(text: str) -> str:
+    """Dynamo's names of parameters and buffers as their path: ``layers.7.input_layernorm.weight``."""
+    return _STATE.sub(lambda m: ".".join(re.split("_(?:modules|parameters|buffers)_", m[1])[-4:]), text)

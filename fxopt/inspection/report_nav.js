@@ -47,7 +47,9 @@ function nodeCard(graph, id) {
     part("Descends from", list(origins.map(o => nodeById(graph, o)))),
     part("Became", list(descendants(graph, id).map(n => nodeLink(graph, n)))),
     part("Read by", list(usersOf(graph, node).map(n => nodeLink(graph, n)))),
-    part("Kernels", list(kernels.map(([k, i]) => link(`g${graph.index}.k${i}`, k.name)))));
+    part("Kernels", list(kernels.map(([k, i]) => link(`g${graph.index}.k${i}`, k.name)))),
+    part("Measured in", graph.measured && list(graph.measured.rows.filter(r => r[3].includes(id)).map(([name, places, , , spent]) =>
+      [link(`g${graph.index}.measured`, name), ` ${time(spent / places)}${places > 1 ? ` each, ×${places}` : ""}`]))));
 }
 
 function moduleTrail(graph, path) {
@@ -104,7 +106,7 @@ function lineCard(graph, source) {
 
 function follow() {
   const hash = decodeURI(location.hash.slice(1));
-  const match = /^g(\d+)(?:\.([nmlsk])(:?)(.*)|\.(remarks|passes|tree))?$/s.exec(hash);
+  const match = /^g(\d+)(?:\.(?!measured$)([nmlsk])(:?)(.*)|\.(remarks|passes|tree|measured))?$/s.exec(hash);
   const graph = match && DATA.graphs[Number(match[1])];
   document.querySelectorAll("#graphs a").forEach((a, i) => a.setAttribute("aria-current", String(graph ? i === graph.index : i === 0)));
   if (!graph) return;

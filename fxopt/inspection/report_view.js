@@ -51,6 +51,7 @@ function graphSection(graph) {
     graph.remarks.length ? remarksBlock(graph) : null,
     graph.stages.length ? passesBlock(graph) : null,
     graph.work && graph.work.rows.length ? workBlock(graph) : null,
+    graph.measured ? measuredBlock(graph) : null,
     graph.kernels.length ? kernelsBlock(graph) : null,
     treeBlock(graph));
 }
@@ -353,22 +354,4 @@ function shades(p) {
       const words = `${row}, ${column}: ${Math.round(100 * p.values[r][c])}%`;
       return el("i", { style: `opacity:${(0.06 + 0.94 * p.values[r][c]).toFixed(3)}`, title: words, "aria-label": words });
     })]));
-}
-
-// -- work against the roofline --------------------------------------------------------------------------------------
-
-const scaled = (value, unit) => {
-  const [size, letter] = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]].find(([s]) => value >= s) || [1, ""];
-  return `${(value / size).toPrecision(3)} ${letter}${unit}`;
-};
-
-function workBlock(graph) {
-  const { device, rows } = graph.work;
-  const longest = Math.max(...rows.map(r => r[4]), 1e-12), total = rows.reduce((sum, r) => sum + r[4], 0);
-  const line = ([name, places, flops, bytes, seconds, bound]) => el("tr", {}, el("th", { scope: "row" }, name),
-    el("td", {}, `×${places}`), el("td", {}, scaled(flops, "FLOP")), el("td", {}, scaled(bytes, "B")),
-    el("td.roof." + bound, { title: `bound by ${bound}` }, el("i", { style: `width:${(12 * seconds / longest).toFixed(2)}rem` }), ` ${time(seconds)}`));
-  return el("div.block", { id: `g${graph.index}.work` }, el("h3", {}, "Work"),
-    el("p.quiet", {}, `After the passes: products and attention need at least ${time(total)} on ${device}; a wide bar is dear, a striped one is bound by arithmetic, a plain one by memory.`),
-    el("table.plain.work", {}, el("tbody", {}, rows.slice(0, 14).map(line))));
 }

@@ -18,6 +18,7 @@ from fxopt.inspection import why as reasons_why
 from fxopt.inspection.repro import repro
 from fxopt.inspection.scripts import ScriptReport, run_script
 from fxopt.inspection.text import View, wrapped
+from fxopt.inspection.work import measured_lines
 from fxopt.passes import reasons
 from fxopt.passes.record import GraphRecord, KernelRecord, NodeRow
 from fxopt.passes.technique import SettingError, nearest
@@ -198,11 +199,15 @@ def reason_page() -> str:
 
 
 def kernels(report: Report) -> View:
-    """The generated kernels: where they run, their configuration and their resources."""
+    """Measured times, where there are, and the generated kernels: places, configuration, resources."""
     found = [(graph, kernel) for graph in report.graphs for kernel in graph.kernels]
-    data = {"kernels": [{"graph": g.compile_id, **dataclasses.asdict(k)} for g, k in found]}
+    data = {
+        "kernels": [{"graph": g.compile_id, **dataclasses.asdict(k)} for g, k in found],
+        "measured": [{"graph": g.compile_id, **dataclasses.asdict(g.profile)} for g in report.graphs if g.profile],
+    }
 
     def lines(width: int) -> Iterable[str]:
+        yield from (line for graph in report.graphs for line in measured_lines(graph, report.environment, width))
         if not found:
             yield from wrapped(
                 "No kernel was generated: rewritten graphs without kernels of their own are finished by Inductor.",
@@ -327,16 +332,8 @@ def stages(report: Report, graph: int, i: int, j: int) -> tuple[GraphRecord, int
 def row_text(row: NodeRow) -> str:
     """``name = target(args)  dtype[shape]``."""
     shape = f"  {row.dtype}[{row.shape}]" if row.dtype else ""
-    target = "" if row.op in ("placeholder", "get_attr") else f" = {row.target}({short_names(row.args)})"
-    return f"{short_names(row.name)}{target}{shape}"
-
-
-_STATE = re.compile(r"\b[A-Za-z_]\w*?_(?:modules|parameters|buffers)_(\w+?)_*\b")
-
-
-def short_names(text: str) -> str:
-    """Dynamo's names of parameters and buffers as their path: ``layers.7.input_layernorm.weight``."""
-    return _STATE.sub(lambda m: ".".join(re.split("_(?:modules|parameters|buffers)_", m[1])[-4:]), text)
+    target = "" if row.op in ("placeholder", "get_attr") else f" = {row.target}({places.short_names(row.args)})"
+    return f"{places.short_names(row.name)}{target}{shape}"
 
 
 # -- expectations ---------------------------------------------------------------------------------------------------

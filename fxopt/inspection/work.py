@@ -14,7 +14,8 @@ from math import prod
 from typing import Any
 
 from fxopt.codegen import roofline
-from fxopt.passes.record import FIRST_COPY, GraphRecord, NodeRow
+from fxopt.inspection.text import table, wrapped
+from fxopt.passes.record import FIRST_COPY, GraphRecord, Measured, NodeRow
 
 YARDSTICK = "H200"
 """The device times are given for where the report names none of the table."""
@@ -55,6 +56,67 @@ def work(graph: GraphRecord, environment: dict[str, str]) -> dict[str, Any]:
             entry[i] += value
     rows = [[name, int(n), f, b, s, "arithmetic" if gap > 0 else "memory"] for name, (n, f, b, s, gap) in sums.items()]
     return {"device": device.name, "rows": sorted(rows, key=lambda row: (-row[4], row[0]))}
+
+
+def measured(graph: GraphRecord, environment: dict[str, str]) -> dict[str, Any] | None:
+    """``{"calls", "seconds", "rows": [[kernel, places, modules, nodes, seconds, FLOPs, bytes, least], ...]}``.
+
+    The same kernel in several layers is one row, dearest first. FLOPs and bytes are those of the products and
+    attentions among its nodes; the least time is None where the report's device is not in the roofline's table.
+    None where nothing was measured.
+    """
+    if graph.profile is None:
+        return None
+    known = environment.get("device", "")
+    device = roofline.DEVICES.get(known) or roofline.find_device(known)
+    own = {cost.row.id: cost for cost in costs(graph.rows(len(graph.stages) - 1))}
+    # An operator's nodes share their mark, so that what is fused to a product names it too: the call comes first.
+    holders: dict[int, Measured] = {}
+    for kernel in sorted(graph.profile.kernels, key=lambda k: (is_generated(k.name), len(k.nodes))):
+        for number in kernel.nodes:
+            holders.setdefault(number, kernel)
+    rows: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
+    for kernel in graph.profile.kernels:
+        mine = [own[n] for n in kernel.nodes if n in own and holders[n] is kernel]
+        paths = (*(cost.row.module for cost in mine), *kernel.modules)  # first what takes the time
+        modules = tuple(dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) for path in paths if path))
+        row = rows.setdefault((kernel.name, modules), [kernel.name, 0, list(modules), [], 0.0, 0.0, 0.0, 0.0])
+        least = sum(max(cost.seconds(device)) for cost in mine) if device else 0.0
+        row[3] += (*(cost.row.id for cost in mine), *kernel.nodes)
+        numbers = (1, kernel.seconds, sum(c.flops for c in mine), sum(c.moved for c in mine), least)
+        for place, value in zip((1, 4, 5, 6, 7), numbers, strict=True):
+            row[place] += value
+    found = [[*row[:3], list(dict.fromkeys(row[3])), *row[4:7], row[7] if device else None] for row in rows.values()]
+    found.sort(key=lambda row: (-row[4], row[0]))
+    return {"calls": graph.profile.calls, "seconds": graph.profile.seconds, "rows": found}
+
+
+def measured_lines(graph: GraphRecord, environment: dict[str, str], width: int, most: int = 30) -> list[str]:
+    """:func:`measured` as a table of at most `most` rows; nothing where nothing was measured."""
+    found = measured(graph, environment)
+    if found is None:
+        return []
+    spent = sum(row[4] for row in found["rows"])
+    head = (
+        f"graph {graph.compile_id} {graph.role}: kernels and library calls took {1e3 * spent:.3g} ms of "
+        f"{1e3 * found['seconds']:.3g} ms, medians of {found['calls']} calls under the profiler"
+    )
+    rows = [
+        (
+            name if len(name) <= 36 else name[:35] + "…", f"x{places}", f"{1e6 * seconds:.4g}",
+            f"{flops / seconds / 1e9:.3g}" if flops else "", f"{moved / seconds / 1e9:.3g}" if moved else "",
+            f"{seconds / least:.2g}" if least else "", (modules or [""])[0] + " ..." * (len(modules) > 1),
+        )
+        for name, places, modules, _, seconds, flops, moved, least in found["rows"][:most]
+    ]  # fmt: skip
+    left = len(found["rows"]) - most
+    titles = ("kernel", "", "us", "GFLOP/s", "GB/s", "of least", "for")
+    return [*wrapped(head, width), *table(titles, rows, width), *[f"and {left} more"] * (left > 0), ""]
+
+
+def is_generated(name: str) -> bool:
+    """Whether Inductor wrote a kernel of this name, and no library has it."""
+    return name.startswith(("cpp_", "triton_"))
 
 
 def device_of(graph: GraphRecord, environment: dict[str, str]) -> roofline.Device:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fxopt.passes.record import EffectiveSetting, GraphRecord, KernelRecord, NodeRow, Remark, Stage
+from fxopt.passes.record import EffectiveSetting, GraphRecord, KernelRecord, Measured, NodeRow, Profile, Remark, Stage
 from fxopt.reporting import Report
 
 HF = "transformers/models/llama/modeling_llama.py"
@@ -89,6 +89,14 @@ def llama_record(layers: int = 32, number: int = 0, wide: int = 1) -> GraphRecor
 def _row(rows: list[NodeRow], name: str, op: str, target: str, args: str, module: str, line: int) -> NodeRow:
     source = f"{HF}:{line}, in forward"
     return NodeRow(len(rows), name, op, target, args, "1x16x64", "float32", module, source, (len(rows),))
+
+
+def profile_of(graph: GraphRecord) -> Profile:
+    """As if each attention had taken 200 us, and each layer's other products one call of 100 us."""
+    rows = graph.rows(len(graph.stages) - 1)
+    kernels = [Measured("attention", (r.id,), (r.module,), 2e-4) for r in rows if r.target == "fxopt.attention"]
+    kernels += [Measured("mm", (r.id,), (r.module,), 1e-4) for r in rows if r.target == "linear"]
+    return Profile(8, 0.02, [*kernels, Measured("Memset", (), (), 1e-6)])
 
 
 @pytest.fixture

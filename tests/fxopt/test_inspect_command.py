@@ -61,7 +61,8 @@ def test_exit_codes(run, made_up, tmp_path):
     missed = run(path, "--expect", "async_softmax>=32")
     assert missed.exit_code == 1 and "found 3 applied" in missed.output
     for arguments in ((path, "--view", "y"), (path, "--view", "why"), (tmp_path / "no.json",), (),
-                      (path, "--view", "stages", "--graph", "7"), (path, "--view", "numerics")):  # fmt: skip
+                      (path, "--view", "stages", "--graph", "7"), (path, "--profile"),
+                      (path, "--view", "numerics")):  # fmt: skip
         assert run(*arguments).exit_code == 2, arguments
 
 
