@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxopt.codegen import lowering
+from fxopt.codegen import compat, lowering, roofline
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.gemm import MAX_ROWS
 from fxopt.codegen.kernels.gemm_launch import build, compile_here
@@ -111,6 +111,10 @@ class FlatGemm(Technique):
         if config is None:
             source = "was measured" if flow.measured(sum(fused.widths), fused.depth) else "is predicted"
             return "FX301", f"{group.describe()}: the library {source} to be faster"
+        if compat.triton_version() == "none":
+            # A plan is for a machine that has it; here nothing can be written or compiled.
+            planned = roofline.planned_device() is not None
+            return None if planned else ("FX303", f"{group.describe()}: Triton is not installed (pip install triton)")
         try:
             kernel = build(fused, config, origin(group))
             compile_here(kernel, group.rows, value_of(group.x).device)
