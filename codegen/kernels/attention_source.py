@@ -102,6 +102,7 @@ gather !counted  |     stop = tl.where(whole, end, count * $BLOCK)
 !gather          |     stop = end
                  |     first = split * SPLIT
                  |     last = tl.minimum(first + SPLIT, stop)
+gather           |     asked = tl.where(whole, 0, last)  # where the list ends that has to be looked at
                  |     if first >= stop:
                  |         return
 window           |     # No query token sees further back than the first one does.
@@ -154,7 +155,7 @@ vector           |     result = tl.zeros([BN, BDV], tl.float32)
 !gather          |         at = tl.cast(start, tl.int64)
 !gather          |         live = start + n < last
 gather           |         entry = start + n
-gather           |         at = tl.load(index_at + entry$PER_BLOCK, mask=(entry < last) & (whole == 0), other=-1)
+gather           |         at = tl.load(index_at + entry$PER_BLOCK, mask=entry < asked, other=-1)
 gather blocks    |         at = at * $BLOCK + entry % $BLOCK
 gather           |         at = tl.where(whole, entry, at)
 gather           |         live = (entry < last) & (at >= 0) & (at < end)

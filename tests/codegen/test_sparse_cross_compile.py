@@ -21,8 +21,8 @@ from fxopt.codegen.targets import TARGETS, CompiledInfo, cross_compile
 
 pytest.importorskip("triton")
 
-GLOBAL_ATOMICS = r"\b(?:atom|red)\.(?!shared)\w|(?:global|flat|buffer)_atomic"
-SHARED_ATOMICS = r"\b(?:atom|red)\.shared|\bds_(?:add|max|min|or|and)_"
+GLOBAL_ATOMICS = r"\b(?:atom|red)\.(?![\w.]*shared)\w|(?:global|flat|buffer)_atomic"
+SHARED_ATOMICS = r"\b(?:atom|red)\.[\w.]*shared|\bds_(?:add|max|min|or|and)_"
 LLAMA = DecodeAttention(
     torch.bfloat16, 128, 4, mask="bool", mask_shared=True, has_extent=True, softmax="online", gather=16, counted=True
 )

@@ -128,12 +128,13 @@ def test_rows_of_mixed_lengths(form, eager_lowering):
 @pytest.mark.parametrize("form", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(form, dtype, eager_lowering):
-    """At least as close to float64 as the model's own result, up to one rounding of the dtype."""
+    """At least as close to float64 as the model's own result, up to one rounding, of float64 itself up to a few."""
     given = inputs(dtype=dtype)
     got = both(given, form=form, tolerance={"atol": 2e-2, "rtol": 2e-2}).double()
     exact = Step(form="sdpa")(**{n: t.double() if t.is_floating_point() else t.clone() for n, t in given.items()})
     own = Step(form=form)(**{n: t.clone() for n, t in given.items()}).double()
-    assert (got - exact).abs().max() <= (own - exact).abs().max() + torch.finfo(dtype).eps
+    roundings = 8 if dtype == torch.float64 else 1
+    assert (got - exact).abs().max() <= (own - exact).abs().max() + roundings * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("layout", ["positions first", "channels first", "part of a larger cache", "sparse query"])
