@@ -1,8 +1,8 @@
 """Cases of kernels for Triton's interpreter, in one child process.
 
 The interpreter must be chosen (TRITON_INTERPRET=1) before Triton is imported, hence a process of its own. A file of
-cases is started as a script and calls :func:`serve`; a test module loads the same file and calls :func:`start`. In the
-child, torch fills uninitialised memory with NaN (whole numbers: with the largest).
+cases is started as a script and calls :func:`serve`; a test module imports the same file as ``cases`` and takes the
+fixture ``interpreted``. In the child, torch fills uninitialised memory with NaN (whole numbers: with the largest).
 """
 
 from __future__ import annotations

@@ -6,40 +6,18 @@ float16 and float32; it shows no races and no speed.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import interpreted_attention as cases
 import pytest
 import torch
 
 from fxopt.codegen.kernels.attention import DecodeAttention, decode_attention, empty_partials
 from fxopt.codegen.kernels.attention_variants import kernel_names, source
 
-
-def beside(name: str) -> ModuleType:
-    """A file of this folder as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = Path(__file__).with_name("interpreted_attention.py")
-cases, interpreter = beside("interpreted_attention"), beside("interpreter")
-
 Run = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    with interpreter.start(SCRIPT, tmp_path_factory.mktemp("cache")) as run:
-        yield run
 
 
 @pytest.mark.parametrize("length", [1, 63, 100, 1027])

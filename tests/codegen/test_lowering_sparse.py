@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import interpreted_lowering as cases
 import pytest
 import torch
 
@@ -15,26 +12,7 @@ from fxopt.codegen import lowering_sparse
 from fxopt.codegen.kernels import Unsupported
 
 
-def beside(name: str) -> ModuleType:
-    """A file of this folder as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, interpreter = beside("interpreted_lowering"), beside("interpreter")
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with interpreter.start(Path(cases.__file__), tmp_path_factory.mktemp("cache")) as run:
-        yield run
-
-
-@pytest.mark.parametrize("method", ["pages", "features", "8 bits", "4 bits"])
+@pytest.mark.parametrize("method", [pytest.param("pages", marks=pytest.mark.slow), "features", "8 bits", "4 bits"])
 def test_a_conversation(interpreted: Any, method: str) -> None:
     interpreted(cases.case_conversation, method=method)
 

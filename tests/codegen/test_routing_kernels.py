@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import interpreted_routing as cases
 import pytest
 import torch
 
@@ -15,25 +13,6 @@ from fxopt.codegen.kernels import Unsupported, routing
 from fxopt.codegen.kernels.gemm import Norm
 from fxopt.codegen.kernels.routing import LinearIf
 from fxopt.codegen.targets import TARGETS, CompiledInfo, cross_compile
-
-
-def beside(name: str) -> ModuleType:
-    """A file of this folder as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, interpreter = beside("interpreted_routing"), beside("interpreter")
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with interpreter.start(Path(cases.__file__), tmp_path_factory.mktemp("cache")) as run:
-        yield run
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

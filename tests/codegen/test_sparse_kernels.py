@@ -5,12 +5,9 @@ The interpreter computes bfloat16 wrongly, hence float16 and float32; it shows n
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import interpreted_sparse as cases
 import pytest
 import torch
 
@@ -20,25 +17,6 @@ from fxopt.codegen.kernels.attention_variants import source
 from fxopt.codegen.kernels.select_scores import Scores
 from fxopt.codegen.kernels.select_state import Kept
 from fxopt.codegen.kernels.select_top import TopBlocks, choose, chunks_for
-
-
-def beside(name: str) -> ModuleType:
-    """A file of this folder as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, interpreter = beside("interpreted_sparse"), beside("interpreter")
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with interpreter.start(Path(cases.__file__), tmp_path_factory.mktemp("cache")) as run:
-        yield run
 
 
 @pytest.mark.parametrize(
