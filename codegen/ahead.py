@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxopt.codegen import compat, roofline
 from fxopt.codegen.dataflow import Dataflow
 from fxopt.codegen.kernels import Unsupported, attention_variants, gemm_launch
+from fxopt.codegen.kernels.attention_variants import DecodeAttention
 from fxopt.codegen.kernels.gemm import MAX_ROWS, FusedLinear
 from fxopt.codegen.lowering import SPLIT_SIZE, describe
 from fxopt.codegen.source import content_hash
@@ -99,9 +101,16 @@ def _decode_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: 
         *(given[name] for name in names[:-1]),
         unified=unified, soft_cap=given.get("soft_cap", 0.0), split_size=given.get("split_size", SPLIT_SIZE),
     )  # fmt: skip
-    if (mask := given["mask"]) is not None:  # as the launch finds it out
-        _, by_head, by_token, _ = mask.expand(*given["query"].shape[:3], given["key"].shape[2]).stride()
-        alone = given["query"].shape[1] == 1, variant.q_len == 1
+    return attention_ahead(variant, given["query"], given["key"], given["mask"], device, "decode_attention")
+
+
+def attention_ahead(
+    variant: DecodeAttention, query: Tensor, key: Tensor, mask: Tensor | None, device: roofline.Device, stem: str
+) -> Ahead:
+    """The kernels of a variant of decode attention, for these operands (fake ones do)."""
+    if mask is not None:  # as the launch finds it out
+        _, by_head, by_token, _ = mask.expand(*query.shape[:3], key.shape[2]).stride()
+        alone = query.shape[1] == 1, variant.q_len == 1
         variant = replace(variant, mask_shared=(by_head == 0 or alone[0]) and (by_token == 0 or alone[1]))
     backend = TARGETS[device.target][0] if device.target else None
     source, tiles = attention_variants.source(variant, backend), attention_variants.config(variant, backend)
@@ -115,5 +124,5 @@ def _decode_attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], device: 
         return found
 
     configuration = {**tiles._asdict(), "split_size": variant.split_size, "softmax": variant.softmax}
-    name = f"decode_attention_{variant.softmax}_{content_hash(source)}"
+    name = f"{stem}_{variant.softmax}_{content_hash(source)}"
     return Ahead(name, "attention", source, configuration, compile_for)

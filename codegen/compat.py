@@ -15,6 +15,24 @@ def is_interpreted(kernel_fn: Any) -> bool:
     return type(kernel_fn).__name__ == "InterpretedFunction"
 
 
+def constexpr_names(kernel_fn: Any) -> list[str]:
+    """Parameters of a jit function that are written ``tl.constexpr``."""
+    return [parameter.name for parameter in kernel_fn.params if parameter.is_constexpr]
+
+
+def file_of(kernel_fn: Any) -> str:
+    """The source file of a jit function."""
+    return str(kernel_fn.fn.__code__.co_filename)
+
+
+def fake_mode_of(tensors: Sequence[Any]) -> Any:
+    """The context in which fake `tensors` were made, entered once more; one that does nothing for real ones."""
+    from torch._subclasses import FakeTensor
+
+    modes = [tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)]
+    return modes[0] if modes else contextlib.nullcontext()
+
+
 def compile_kernel(
     kernel_fn: Any,
     types: dict[str, str],

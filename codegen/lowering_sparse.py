@@ -103,10 +103,16 @@ def choose(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``fxopt.choose`` by the kernels; with `tau`, what they list is cut by PyTorch on the device."""
-    index, valid = select_top.choose(
-        scores, bias, extent, count=count, block=block, least=least, limits=tuple(counts)
-    )
+    index, valid = choose_blocks(scores, bias, extent, count=count, block=block, least=least, counts=counts)
     return _cut(index, scores, bias, tau, scale) if tau else (index, valid)
+
+
+def choose_blocks(
+    scores: Tensor, bias: Tensor, extent: Tensor | None = None, *, count: int, block: int = 1, least: int = 0,
+    counts: Sequence[int] = (), tau: float = 0.0, scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The part of :func:`choose` that is a kernel: `tau` and `scale` do not reach it."""
+    return select_top.choose(scores, bias, extent, count=count, block=block, least=least, limits=tuple(counts))
 
 
 def _cut(

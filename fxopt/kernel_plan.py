@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.codegen import ahead, lowering, roofline
+from fxopt.codegen import (
+    ahead,
+    ahead_launched,  # noqa: F401  its operators tell their kernels
+    lowering,
+    roofline,
+)
 from fxopt.codegen.ahead import Ahead
 from fxopt.passes.provenance import module_path, origin_ids
 from fxopt.passes.record import GraphRecord, KernelRecord, Remark

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from fxopt.elsewhere import move_graph
 from fxopt.inspection.work import Cost, costs
 from fxopt.kernel_plan import record_kernels
 from fxopt.options import Settings
+from fxopt.passes import mod_forward
 from fxopt.passes.provenance import number_nodes
 from fxopt.passes.record import EffectiveSetting, GraphRecord, Recorder, Remark, node_rows
 from fxopt.passes.technique import SettingError, nearest
@@ -56,7 +58,8 @@ def plan(
     args, kwargs = _example(model, inputs)
     graphs: list[GraphRecord] = []
     try:
-        with torch.no_grad():
+        elsewhere = mod_forward.captured_for_a_device() if device is not None else contextlib.nullcontext()
+        with torch.no_grad(), elsewhere:
             compat.compile_alone(_dry(settings, type(model).__name__, device, graphs))(model, args, kwargs)
     finally:
         reporting.discard(graphs)

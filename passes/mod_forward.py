@@ -17,9 +17,10 @@ needed is a tensor that each of its linears is given; one that is not reads no w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,8 +43,19 @@ from fxopt.passes.mod_reference import (
 )
 from fxopt.passes.regions import CACHES, Call, Keys, Selection, Writer, ascending, padding
 
-DEVICE_DECIDES = ("cuda",)
+DEVICE_DECIDES: tuple[str, ...] = ("cuda",)
 """Device types (ROCm calls itself cuda) where no branch is taken on the host."""
+
+
+@contextlib.contextmanager
+def captured_for_a_device() -> Iterator[None]:
+    """Capture as on a device that decides by itself, wherever the model is: for the plan of one that is not here."""
+    global DEVICE_DECIDES
+    before, DEVICE_DECIDES = DEVICE_DECIDES, (*DEVICE_DECIDES, "meta", "cpu")
+    try:
+        yield
+    finally:
+        DEVICE_DECIDES = before
 
 
 def routed_forward(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.codegen import roofline
 from fxopt.codegen.kernels.launch import launch
 from fxopt.codegen.source import fill, load_kernel, write_source
 
@@ -284,7 +285,9 @@ def kernels(desc: TopBlocks) -> Mapping[str, Any]:
 
 def chunks_for(rows: int, blocks: int, device: torch.device) -> int:
     """Programs for each row: one where rows are short or fill the device, else enough to fill it."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    planned = roofline.planned_device()
+    on_gpu = torch.cuda.get_device_properties(device) if planned is None and device.type == "cuda" else None
+    processors = planned.units if planned else on_gpu.multi_processor_count if on_gpu else 1
     return max(1, min(MAX_CHUNKS, -(-processors // max(rows, 1)), -(-blocks // ROW_BLOCKS)))
 
 
