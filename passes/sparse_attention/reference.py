@@ -1,7 +1,8 @@
 """The meaning of sparse attention in eager PyTorch: the positions that were not chosen are masked. No FX in it.
 
 While a module that was given to :func:`attach` runs one new token, every ``scaled_dot_product_attention`` inside it
-(cross-attention left out) sees a mask that hides what the method does not choose.
+(cross-attention left out) sees a mask that hides what the method does not choose. A window that moves its keys in every
+step bounds what is read by itself: methods that keep state beside a cache leave it dense.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ def attach(module: nn.Module, setting: SparseAttention) -> None:
         if name and _CROSS.search(name.rpartition(".")[2]):
             child.register_forward_pre_hook(decoding.pause)
             child.register_forward_hook(decoding.resume, always_call=True)
+    if setting.select is None and setting.method == "sink_window":
+        return
+    for child in module.modules():
+        if isinstance(getattr(child, "layer_idx", None), int):
+            child.register_forward_pre_hook(decoding.look_at_window, with_kwargs=True)
+            child.register_forward_hook(decoding.leave_window, always_call=True)
 
 
 class _Decoding(TorchFunctionMode):
@@ -44,6 +51,7 @@ class _Decoding(TorchFunctionMode):
         self.setting = setting
         self.inside: list[bool] = []
         self.paused = 0
+        self.moving: list[bool] = []
         self.answered = 0
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,6 +76,15 @@ class _Decoding(TorchFunctionMode):
     def resume(self, module: nn.Module, args: Any, output: Any) -> None:
         self.paused -= 1
 
+    def look_at_window(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        layers = getattr(kwargs.get("past_key_values"), "layers", ())
+        index: Any = module.layer_idx
+        self.moving.append(index < len(layers) and _moves(layers[index]))
+
+    def leave_window(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.moving:
+            self.moving.pop()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or self.paused:
@@ -75,9 +92,14 @@ class _Decoding(TorchFunctionMode):
         self.answered += 1
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if torch.is_grad_enabled() and given["query"].requires_grad:
+        if any(self.moving) or (torch.is_grad_enabled() and given["query"].requires_grad):
             return func(*args, **kwargs)
         return _attend(self.setting, given)
+
+
+def _moves(layer: Any) -> bool:
+    """Whether the next token moves the keys of a layer's cache: a growing window drops rows, a static one once full."""
+    return getattr(layer, "is_sliding", False) and int(layer.get_seq_length()) >= getattr(layer, "max_cache_len", 0)
 
 
 def _new_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -100,7 +100,9 @@ def plan(
         return None
     static = cache.kind == "static" and cache.key.op == "placeholder" and cache.key is site.key
     if not static and grown_from(site.key) is None:
-        message = f"a {cache.kind} cache; {setting.method} keeps state beside one that lives from step to step"
+        what = "whose rows this step does not all hand on (a sliding window)" if cache.kind == "dynamic" else ""
+        message = f"a {cache.kind} cache {what}".rstrip()
+        message += f"; {setting.method} keeps state beside one that lives from step to step"
         context.missed("FX208", site.output, message)
         return None
     sizes = Sizes(context.rewriter, site.output)
