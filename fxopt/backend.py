@@ -19,9 +19,17 @@ from fxopt.kernel_plan import record_kernels_here
 from fxopt.options import Setting, Settings, parse_options
 from fxopt.passes import inputs, order, state
 from fxopt.passes.context import PassContext
-from fxopt.passes.provenance import first_place, module_stack, name_modules, number_nodes
+from fxopt.passes.provenance import (
+    first_place,
+    inner_graphs,
+    module_stack,
+    name_modules,
+    number_nodes,
+    orphans,
+    stamp,
+)
 from fxopt.passes.record import GraphRecord, Recorder, Remark
-from fxopt.passes.rewriter import verify
+from fxopt.passes.rewriter import Rewriter, verify
 from fxopt.passes.technique import PassError, SettingError
 
 log = logging.getLogger("fxopt")
@@ -177,6 +185,8 @@ def run_pass(
     """Run one technique with one setting; restore the graph and warn once when it fails."""
     technique = setting.technique
     kept_graph = _copy_graph(gm.graph)
+    inner = inner_graphs(gm.graph) if technique.enters_branches else {}
+    kept_branches = {name: _copy_graph(branch.graph) for name, branch in inner.items()}
     context = PassContext(
         gm.graph, technique.name, record,
         covers=covers, origin=setting.origin, strict=settings.strict, disabled=settings.disable, in_use=in_use,
@@ -184,8 +194,14 @@ def run_pass(
     started = time.perf_counter()
     try:
         technique.rewrite(gm.graph, context)
-        _adopt_plain_nodes(gm.graph, technique.name)
+        _adopt_plain_nodes(gm.graph, context.rewriter)
         verify(gm.graph)
+        for name, branch in inner.items():
+            within = context.inside(name, branch.graph)
+            technique.rewrite(branch.graph, within)
+            _adopt_plain_nodes(branch.graph, within.rewriter)
+            verify(branch.graph)
+            branch.recompile()
     except SettingError:
         raise
     except Exception as error:
@@ -194,6 +210,8 @@ def run_pass(
                 f"pass {technique.name!r} ({technique}, set by {setting.origin}) failed: {error}"
             ) from error
         gm.graph = kept_graph
+        for name, branch in inner.items():
+            branch.graph = kept_branches[name]
         code = "FX902" if isinstance(error, PassError) else "FX901"
         where = next((r.path for r in context.remarks if r.path), "")
         path, line = (where, "") if where else first_place(gm.graph, covers)
@@ -231,6 +249,8 @@ def run_pass(
 def own_module(gm: fx.GraphModule) -> fx.GraphModule:
     """The module with a graph that passes may add inputs to: Dynamo goes by the inputs of its own afterwards."""
     copied = fx.GraphModule(gm, _copy_graph(gm.graph), gm.__class__.__name__)
+    for name in [n for n in inner_graphs(gm.graph) if "." not in n]:
+        setattr(copied, name, own_module(getattr(gm, name)))
     for name, value in vars(gm).items():
         if name not in vars(copied):
             setattr(copied, name, value)
@@ -252,23 +272,18 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _adopt_plain_nodes(graph: fx.Graph, pass_name: str) -> None:
+def _adopt_plain_nodes(graph: fx.Graph, rewriter: Rewriter) -> None:
     """Give nodes that a technique made with plain FX calls their value and descent, from their inputs or users."""
-    from fxopt.passes.provenance import orphans, stamp
-    from fxopt.passes.rewriter import Rewriter
-
     lost = orphans(graph)
     if not lost:
         return
-    rewriter = Rewriter(graph, pass_name)
     for node in lost:
         sources = [n for n in (*node.all_input_nodes, *node.users) if n.op != "output" and n not in lost]
         if not sources or node.op not in ("call_function", "call_method"):
             continue
         if "example_value" not in node.meta:
             node.meta["example_value"] = rewriter._value(node)
-        stamp(node, sorted(sources, key=lambda n: n.op == "placeholder"), pass_name, rewriter._next)
-        rewriter._next += 1
+        stamp(node, sorted(sources, key=lambda n: n.op == "placeholder"), rewriter.pass_name, next(rewriter.numbers))
 
 
 _warned: set[str] = set()

@@ -13,7 +13,7 @@ from torch import fx
 
 from fxopt.codegen import compat
 from fxopt.passes import order
-from fxopt.passes.provenance import module_stack
+from fxopt.passes.provenance import all_nodes, module_stack
 from fxopt.passes.record import EffectiveSetting
 from fxopt.passes.technique import CLASS_KEY, INSTANCE_KEY, Decorated, SettingError, Technique, nearest
 
@@ -150,7 +150,7 @@ class Settings:
         fallback = self._fallback(name)
         by_node: dict[fx.Node, Setting] = {}
         holders = Decorated.holders(name)
-        for node in graph.nodes:
+        for node in all_nodes(graph) if Technique.registry[name].enters_branches else graph.nodes:
             if node.op in ("placeholder", "output", "get_attr"):
                 continue
             found = self._nearest(name, node, holders)

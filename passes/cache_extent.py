@@ -33,6 +33,7 @@ class CacheExtent(Technique):
     name: ClassVar[str] = "cache_extent"
     exact: ClassVar[bool] = True
     on_by_default: ClassVar[bool] = True
+    enters_branches: ClassVar[bool] = True
 
     def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
         """Give every attention on a preallocated cache its read extent."""

@@ -31,6 +31,8 @@ class PassContext:
         strict: bool = False,
         disabled: frozenset[str] = frozenset(),
         in_use: frozenset[str] = frozenset(),
+        around: PassContext | None = None,
+        branch: str = "",
     ) -> None:
         self.graph = graph
         self.technique = technique
@@ -42,13 +44,23 @@ class PassContext:
         """Names in ``disable=(...)``, for passes that do several named things."""
         self.in_use = in_use
         """Names of all techniques that act on this graph, for rules about pairs."""
-        self.rewriter = Rewriter(graph, technique)
-        self.remarks: list[Remark] = []
+        self.branch = branch
+        """The branch of a conditional that `graph` is, by the attributes that hold it; "" for a whole graph."""
+        self.rewriter: Rewriter = Rewriter(graph, technique, None if around is None else around.rewriter.numbers)
+        self.remarks: list[Remark] = [] if around is None else around.remarks
         self.call_wrappers: list[Callable[[Callable[..., object]], Callable[..., object]]] = []
         """Wrappers put around the compiled callable, for decisions that need a value of the call."""
         self.config_patches: dict[str, Any] = {}
         """Inductor settings that the rewritten graph needs."""
         self._covers = covers
+
+    def inside(self, branch: str, graph: fx.Graph) -> PassContext:
+        """The same setting for a branch of this graph; what is told there is told here."""
+        return PassContext(
+            graph, self.technique, self.record,
+            covers=self._covers, origin=self.origin, strict=self.strict, disabled=self.disabled, in_use=self.in_use,
+            around=self, branch=branch,
+        )  # fmt: skip
 
     def covers(self, node: fx.Node) -> bool:
         """Whether `node` belongs to the modules that this setting was given for."""
@@ -77,6 +89,8 @@ class PassContext:
         line = source or ("" if isinstance(place, str) else source_line(place))
         if status in ("missed", "blocked") and not path:  # of the whole graph: say at least where it begins
             path, line = first_place(self.graph, self._covers)
+        if self.branch:
+            message += f" (in the branch {self.branch})"
         self.remarks.append(Remark(self.technique, status, path, message, code, line, count))
 
     def kernel(self, record: KernelRecord) -> None:

@@ -309,5 +309,4 @@ def insert_cond(
 
 
 def _stamp(node: fx.Node, sources: list[fx.Node], rewriter: Rewriter) -> None:
-    provenance.stamp(node, sources, rewriter.pass_name, rewriter._next)
-    rewriter._next += 1
+    provenance.stamp(node, sources, rewriter.pass_name, next(rewriter.numbers))

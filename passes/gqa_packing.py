@@ -44,6 +44,7 @@ class GqaPacking(Technique):
     name: ClassVar[str] = "gqa_packing"
     exact: ClassVar[bool] = True
     on_by_default: ClassVar[bool] = True
+    enters_branches: ClassVar[bool] = True
 
     def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
         """Replace every attention that repeats, or would repeat, its KV heads."""

@@ -36,6 +36,7 @@ class MaskStructure(Technique):
     name: ClassVar[str] = "mask_structure"
     exact: ClassVar[bool] = True
     on_by_default: ClassVar[bool] = True
+    enters_branches: ClassVar[bool] = True
 
     def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
         """Say of every mask what it hides, and drop those that the library knows by name."""

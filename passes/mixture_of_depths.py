@@ -27,6 +27,7 @@ from torch import fx, nn
 
 from fxopt.passes.context import PassContext
 from fxopt.passes.mod_forward import called, routed_forward
+from fxopt.passes.mod_mixing import module_mixes, neighbours_mixed
 from fxopt.passes.mod_reference import (
     ONLY_IF,
     ROUTED,
@@ -41,7 +42,6 @@ from fxopt.passes.mod_rewrite import (
     fuse_movement,
     mark_of,
     marked_nodes,
-    neighbours_mixed,
     skip_where_not_needed,
 )
 from fxopt.passes.modules import ModuleStack, module_stacks
@@ -51,7 +51,6 @@ from fxopt.passes.streams import op_name
 from fxopt.passes.technique import SettingError, Technique, nearest
 
 PARTS = ("layer", "attention", "mlp")
-_RUNNING = ("mamba", "rwkv", "deltanet", "linearattention", "linearattn", "recurrent", "retention", "shortconv")
 PREDICTORS = ("bce", "auxiliary")
 
 
@@ -223,7 +222,7 @@ class MixtureOfDepths(Technique):
         layer = stack.layers[index]
         target = self._routed_part(layer)
         for module in target.modules():
-            if _mixes_neighbours(module):
+            if module_mixes(module):
                 raise SettingError(
                     f"{self}: {type(module).__name__} in {stack.path}.{index} mixes each token with its neighbours or "
                     "with a running state, which has no meaning for tokens picked out of a sequence. Route other "
@@ -284,8 +283,8 @@ class MixtureOfDepths(Technique):
             if mixing is not None:
                 context.blocked(
                     "FX209", mixing, f"{name_of(mixing)} in {path} mixes each token with its neighbours; those of a "
-                    "token picked out of the sequence are others; the model computes it so, in eager too. Route other "
-                    "layers (layers=...)"
+                    "token picked out of the sequence are others, and what fills rows up in eval() is among them; the "
+                    "model computes it so, in eager too. Route other layers (layers=...)"
                 )  # fmt: skip
                 continue
             if not message:
@@ -309,14 +308,6 @@ def unroute(model: nn.Module) -> nn.Module:
     if ROUTERS in model._modules:
         del model._modules[ROUTERS]
     return model
-
-
-def _mixes_neighbours(module: nn.Module) -> bool:
-    """Whether a module is a convolution over the sequence, a recurrence, or attention by a running state."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return any(size > 1 for size in module.kernel_size)
-    name = type(module).__name__.lower()
-    return isinstance(module, nn.RNNBase) or any(part in name for part in _RUNNING)
 
 
 def _route(target: nn.Module, router: Router, *, residual: bool) -> None:

@@ -29,7 +29,6 @@ from fxopt.codegen.ops import routing as _routing  # noqa: F401  registers the o
 from fxopt.passes.context import PassContext
 from fxopt.passes.mod_reference import DECIDES, ONLY_IF, ROUTED
 from fxopt.passes.nodes import argument, is_tensor, name_of, value_of
-from fxopt.passes.provenance import module_path
 from fxopt.passes.streams import op_name
 
 
@@ -47,19 +46,6 @@ def marked_nodes(graph: fx.Graph, context: PassContext, key: str) -> dict[str, l
         if mark and node.op in ("call_function", "call_method") and context.covers(node):
             found.setdefault(mark, []).append(node)
     return found
-
-
-def neighbours_mixed(graph: fx.Graph, path: str) -> fx.Node | None:
-    """A node of the layer `path` that combines each token with its neighbours: modules are looked at beforehand."""
-    for node in graph.nodes:
-        if f"{module_path(node)}.".startswith(f"{path}.") and name_of(node) in _NEIGHBOURS:
-            weight = value_of(node.args[1]) if len(node.args) > 1 else None
-            if not isinstance(weight, torch.Tensor) or any(size != 1 for size in weight.shape[2:]):
-                return node
-    return None
-
-
-_NEIGHBOURS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "roll", "unfold")
 
 
 # -- only where needed ----------------------------------------------------------------------------------------------

@@ -82,6 +82,21 @@ def all_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
             yield from all_nodes(module.graph)
 
 
+def inner_graphs(graph: fx.Graph) -> dict[str, fx.GraphModule]:
+    """The branches of a graph's conditionals and of those within them, by the attributes that lead there."""
+    found: dict[str, fx.GraphModule] = {}
+    for node in graph.nodes:
+        for name, module in branches(node):
+            found[name] = module
+            found |= {f"{name}.{inner}": module for inner, module in inner_graphs(module.graph).items()}
+    return found
+
+
+def largest_id(graph: fx.Graph) -> int:
+    """The largest id of a graph's nodes, branches included; -1 where none has one."""
+    return max(map(node_id, all_nodes(graph)), default=-1)
+
+
 def number_nodes(graph: fx.Graph) -> None:
     """Give every node of a freshly captured graph its id."""
     for number, node in enumerate(all_nodes(graph)):

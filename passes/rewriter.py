@@ -6,7 +6,8 @@ reads, and it deletes them. :meth:`Rewriter.erase` removes what the caller repla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,12 +57,13 @@ _VIEWS = frozenset(
 class Rewriter:
     """Edits one Dynamo-level graph on behalf of one pass."""
 
-    def __init__(self, graph: fx.Graph, pass_name: str) -> None:
+    def __init__(self, graph: fx.Graph, pass_name: str, numbers: Iterator[int] | None = None) -> None:
         self.graph = graph
         self.pass_name = pass_name
         self.changed = False
+        self.numbers = numbers if numbers is not None else itertools.count(1 + provenance.largest_id(graph))
+        """Ids of the nodes to come: those of a branch go on from those of the graph around it."""
         self._replaced: dict[fx.Node, fx.Node] = {}
-        self._next = 1 + max(map(provenance.node_id, provenance.all_nodes(graph)), default=-1)
         self._fake_mode: FakeTensorMode | None = None
 
     # -- making nodes -------------------------------------------------------------------------------------------
@@ -107,8 +109,7 @@ class Rewriter:
         with place:
             node = self.graph.create_node(op, target, tuple(args), dict(kwargs or {}), name=name)
         node.meta["example_value"] = self._value(node)
-        provenance.stamp(node, sources, self.pass_name, self._next)
-        self._next += 1
+        provenance.stamp(node, sources, self.pass_name, next(self.numbers))
         self.changed = True
         return node
 
@@ -120,8 +121,7 @@ class Rewriter:
 
     def adopt(self, node: fx.Node, like: fx.Node) -> None:
         """Give a node that was made by hand, with its value, a descent."""
-        provenance.stamp(node, [like], self.pass_name, self._next)
-        self._next += 1
+        provenance.stamp(node, [like], self.pass_name, next(self.numbers))
         self.changed = True
 
     # -- replacing and erasing ----------------------------------------------------------------------------------

@@ -77,6 +77,10 @@ class Technique:
     level: ClassVar[str] = "torch"
     on_by_default: ClassVar[bool] = False
     """Runs without being asked for. Only exact techniques may."""
+    enters_branches: ClassVar[bool] = False
+    """Each branch of a conditional (``torch.cond``) that the graph holds is rewritten too, as a graph of its own. For
+    what replaces a place by another form and needs nothing of the graph around it: weights and caches are inputs of a
+    branch like any other, its results are not the model's, and it may not run."""
 
     @property
     def late(self) -> bool:

@@ -24,11 +24,15 @@ SUITES = {"early_exit": "exits", "router": "routed", "mixture_of_depths": "mixtu
 PEERS = ("deleted, inductor", "fxopt layer_skip", "full, inductor")
 
 
-def run(*, device: str = "cpu", quick: bool = False, technique: str = "layer_skip") -> Result:
+def run(*, device: str = "cpu", quick: bool = False, technique: str = "layer_skip", part: str | None = None) -> Result:
     """Prefill of 512 tokens and a decode step, every second layer skipped, against the deleted model under Inductor."""
+    if part is not None and technique != "mixture_of_depths":
+        raise ValueError(f"the suite of {technique!r} has no parts; that of 'mixture_of_depths' has.")
     if technique in SUITES:
-        suite: Result = importlib.import_module(f"fxopt.bench.{SUITES[technique]}").run(device=device, quick=quick)
-        return suite
+        parts = {} if part is None else {"part": part}
+        suite = importlib.import_module(f"fxopt.bench.{SUITES[technique]}")
+        measured: Result = suite.run(device=device, quick=quick, **parts)
+        return measured
     if technique != "layer_skip":
         raise ValueError(f"no suite for technique {technique!r}; there are 'layer_skip', {', '.join(SUITES)}.")
     layers, width, prompt, rounds = (4, 256, 64, 5) if quick else (12, 768, 512, 15)
