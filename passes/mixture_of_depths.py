@@ -52,6 +52,8 @@ from fxopt.passes.technique import SettingError, Technique, nearest
 
 PARTS = ("layer", "attention", "mlp")
 PREDICTORS = ("bce", "auxiliary")
+DECIDES_ITSELF = "its predictor decides"
+"""How the remark on a layer begins whose count of tokens is not known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -281,10 +283,15 @@ class MixtureOfDepths(Technique):
         for path, message in told.items():
             mixing = neighbours_mixed(graph, path)
             if mixing is not None:
+                what = f"{name_of(mixing)} in {path} mixes each token with its neighbours"
+                if message.startswith(DECIDES_ITSELF):
+                    raise SettingError(
+                        f"{self}: {what}, and in eval() with those that fill the rows of a batch up; there are others "
+                        "in a compiled model than in eager. Route other layers (layers=...) or another part."
+                    )
                 context.blocked(
-                    "FX209", mixing, f"{name_of(mixing)} in {path} mixes each token with its neighbours; those of a "
-                    "token picked out of the sequence are others, and what fills rows up in eval() is among them; the "
-                    "model computes it so, in eager too. Route other layers (layers=...)"
+                    "FX209", mixing, f"{what}; those of a token picked out of the sequence are others; the model "
+                    "computes it so, in eager too. Route other layers (layers=...)"
                 )  # fmt: skip
                 continue
             if not message:
@@ -362,7 +369,7 @@ def _told(graph: fx.Graph, nodes: list[fx.Node]) -> str:
     inside = found or [
         size for branch in _branches(graph, nodes[-1]) for node in branch.graph.nodes if (size := _gathered(node))
     ]
-    decides = "its predictor decides, on the device" if on_device else "its predictor decides"
+    decides = f"{DECIDES_ITSELF}, on the device" if on_device else DECIDES_ITSELF
     if inside and inside[0][1] == 1:
         return f"{decides}: a step in which every row declines skips the block"
     if inside:

@@ -60,16 +60,16 @@ def _mixes(node: fx.Node, name: str, count: Any) -> bool:
     if same(count, 1):
         return False
     if name in _SCANS:
-        read = node.args[0] if node.args else None
+        read: Any = node.args[0] if node.args else None
         dim = argument(node, 1, "dim", argument(node, 1, "axis"))
         if not _floats(read, 3) or not isinstance(dim, int):
             return False
         shape = value_of(read).shape
         return dim % len(shape) != len(shape) - 1 and same(shape[dim], count)
     if name in _SUMS or name in _PRODUCTS:
-        read = [a for a in node.all_input_nodes if _floats(a, 3)]
-        enough = len(read) >= (2 if name in _PRODUCTS else 1)
-        return enough and all(_has(a, count) for a in read) and _floats(node, 0) and not _has(node, count)
+        terms = [a for a in node.all_input_nodes if _floats(a, 3)]
+        enough = len(terms) >= (2 if name in _PRODUCTS else 1)
+        return enough and all(_has(a, count) for a in terms) and _floats(node, 0) and not _has(node, count)
     return False
 
 
