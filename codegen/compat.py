@@ -120,7 +120,32 @@ def compile_with_inductor(graph_module: Any, example_inputs: Any, mode: str | No
     """
     import torch
 
+    _hold_operands_of_conditionals()
     return torch._TorchCompileInductorWrapper(mode, patches or None, None)(graph_module, example_inputs)
+
+
+@functools.cache
+def _hold_operands_of_conditionals() -> None:
+    """Inductor compiles the branches of ``torch.cond`` for the strides that its operands have in the graph, and leaves
+    those of a tensor that it makes itself open (torch 2.11 to 2.15): another order of rotary factors failed in a branch
+    when the model ran. From here on it keeps to them."""
+    import torch
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    create = ir.Conditional.create.__func__  # type: ignore[attr-defined]
+
+    def held(cls: Any, predicate: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
+        exact = []
+        nodes: Any = V.graph.current_node.args[-1]
+        for operand, node in zip(operands, nodes, strict=True):
+            value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+            if isinstance(value, torch.Tensor):
+                operand = ir.ExternKernel.require_exact_strides(operand, value.stride(), allow_padding=False)
+            exact.append(operand)
+        return create(cls, predicate, true_fn, false_fn, exact)
+
+    ir.Conditional.create = classmethod(held)  # type: ignore[method-assign,assignment]
 
 
 def compile_with_provenance(
@@ -145,6 +170,7 @@ def compile_with_provenance(
         keep({label: [marks.get(n, {}) for n in nodes] for label, nodes in calls.items() if label not in known})
         return compiled
 
+    _hold_operands_of_conditionals()
     watched = {"trace.provenance_tracking_level": 1, "cpp.enable_kernel_profile": True, "fx_graph_cache": False}
     config = torch._TorchCompileInductorWrapper(mode, {**patches, **watched}, None).config
     with functorch_config.patch(enable_autograd_cache=False):

@@ -8,6 +8,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -305,12 +306,13 @@ print(os.listdir(folder))
 
 
 def test_read_only_folder(made_up, tmp_path):
-    saved, folder = made_up(layers=1).to_json(tmp_path / "saved.json"), tmp_path / "closed"
-    folder.mkdir(mode=0o555)
-    for parent in (tmp_path, *tmp_path.parents[:2]):  # pytest's folders are for their owner alone
-        parent.chmod(parent.stat().st_mode | 0o055)
-    command = [sys.executable, "-c", READ_ONLY, str(saved), str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    saved = made_up(layers=1).to_json(tmp_path / "saved.json")
+    with tempfile.TemporaryDirectory() as place:  # nobody else may enter pytest's own folders
+        pathlib.Path(place).chmod(0o755)
+        folder = pathlib.Path(place) / "closed"
+        folder.mkdir(mode=0o555)
+        command = [sys.executable, "-c", READ_ONLY, str(saved), str(folder)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0 and ended.stdout.strip() == "[]", ended.stderr
 
 
