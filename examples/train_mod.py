@@ -49,7 +49,7 @@ class Recipe:
     predictor: str = "bce"
     auxiliary: float = 0.01
     rate: float = 4e-3
-    steps: int = 300
+    steps: int = 500
     seeds: int = 3
     held_out: int = 128
     """Held-out windows."""

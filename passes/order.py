@@ -14,8 +14,8 @@ ORDER: tuple[str, ...] = (
     "gqa_packing",  # before cache_extent: only an unrepeated cache can be read up to a length
     "cache_extent",  # before async_softmax, whose kernels take the extent as an argument
     "async_softmax",
-    "layer_skip:late",  # by routers: the passes above do not look into the branch that a routed layer becomes
-    "early_exit",  # after every pass that looks for layers or attention: none of them looks into a conditional's branch
+    "layer_skip:late",  # by routers: async_softmax does not look into the branch that a routed layer becomes
+    "early_exit",  # after every pass that looks for layers, or for attention: not all of them look into a branch
     "flat_gemm",  # last: its operators hide the residual additions by which the others know a layer
 )
 

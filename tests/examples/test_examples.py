@@ -53,10 +53,15 @@ def test_train_mod_in_a_minute(tmp_path, capsys):
     assert abs(spent["mixture of depths"] / spent["dense"] - 1) < 0.03
 
 
-def test_the_figures_of_train_mod_were_made_at_equal_flops():
+def test_the_figures_of_train_mod_were_made_by_its_recipe_at_equal_flops():
+    import dataclasses
     import json
+    import sys
 
+    script = runpy.run_path(str(EXAMPLES / "train_mod.py"), run_name="train_mod")
+    sys.modules.pop("train_mod", None)
     figures = json.loads((EXAMPLES / "train_mod" / "figures.json").read_text())
+    assert figures["recipe"] == dataclasses.asdict(script["Recipe"]())
     flops, runs = figures["flops_a_step"], figures["runs"]
     assert sorted({run["seed"] for run in runs}) == [0, 1, 2]
     for run in runs:

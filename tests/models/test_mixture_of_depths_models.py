@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mod_harness import decided, made
 
 import fxopt
 from fxopt import SettingError
+from fxopt.codegen import compat
 from fxopt.passes.mixture_of_depths import MixtureOfDepths
 from fxopt.passes.mod_counters import watching
 from fxopt.passes.mod_reference import routers
+from fxopt.passes.provenance import inner_graphs
 from fxopt.testing import TINY, inputs_for
 
 pytest.importorskip("transformers")
 
 MODELS = ["llama", "qwen3", "gpt2", "gemma2"]
-
-
-def made(name, training, batch=2, length=12, **fields):
-    model = TINY[name]()
-    MixtureOfDepths(**{"capacity": 0.5} | fields)(model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for router in routers(model).values():
-        router.trained = True
-    return model.train(training), inputs_for(name, model, batch=batch, length=length)
 
 
 def in_parts(model, ids, cache):
@@ -190,8 +182,40 @@ def test_compiled_prompt_and_decode_are_whole_graphs(eager_lowering, name, kind)
     assert not torch._dynamo.utils.counters["graph_break"]
     remarks = [r for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"]
     assert {r.status for r in remarks} == {"applied"}
-    assert remarks[-1].message == "its predictor decides: a step in which every row declines skips the block"
+    skips = "a step in which every row declines skips the block"
+    assert remarks[-1].message == decided(skips, products=4 if name == "gpt2" else 7)
     assert declined  # a step in which the block was skipped is among them
+
+
+@pytest.mark.skipif(not compat.cond_may_write(), reason="branches may not write a cache here")
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_passes_act_in_the_branch_of_a_step(monkeypatch, name, kind):
+    """A routed layer's attention stands in a branch, and is packed and bounded there like those of dense layers."""
+    from transformers import DynamicCache, StaticCache
+
+    graphs = []
+    monkeypatch.setattr(compat, "compile_with_inductor", lambda gm, *_: graphs.append(gm) or gm.forward)
+    model, inputs = made(name, training=False, layers=(1,))
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache = StaticCache(model.config, max_cache_len=24) if kind == "static" else DynamicCache(config=model.config)
+        model(input_ids=ids[:, :8], past_key_values=cache)
+        fxopt.compile(model, strict=True)
+        found = model(input_ids=ids[:, 8:9], past_key_values=cache).logits
+    torch.testing.assert_close(found, whole[:, 8:9], rtol=1e-4, atol=1e-4)
+    report, layers = fxopt.report(model), model.config.num_hidden_layers
+    grouped = name != "gpt2"
+    assert report.count("gqa_packing") == (layers if grouped else 0)
+    assert report.count("cache_extent") == (layers if kind == "static" else 1)
+    held = {n: [str(o.target) for o in b.graph.nodes if "fxopt." in str(o.target)] for n, b in
+            inner_graphs(graphs[-1].graph).items()}  # fmt: skip
+    assert held == {"cond_true_0": ["fxopt.attention.default"], "cond_false_0": []}
+    attention = "transformer.h.1.attn" if name == "gpt2" else "model.layers.1.self_attn"
+    for technique in ["cache_extent", *(["gqa_packing"] if grouped else [])]:
+        told = report.why(technique, attention)
+        assert told.startswith(f"{technique} was applied at {attention}") and "(in the branch cond_true_0)" in told
 
 
 def test_a_growing_cache_keeps_cells_for_routed_tokens_alone(eager_lowering, monkeypatch):
@@ -327,4 +351,5 @@ def test_parts_step_by_step_and_compiled(eager_lowering, part):
         fxopt.compile(model, strict=True)
         torch.testing.assert_close(model(**inputs).logits, whole, rtol=1e-4, atol=1e-4)
     (remark,) = [r for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"]
-    assert remark.message == "its predictor decides: room for 9 of 13 tokens, all of them on overflow"
+    products = 2 * (4 if part == "attention" else 3)  # once for the room, once for every token
+    assert remark.message == decided("room for 9 of 13 tokens, all of them on overflow", products)

@@ -5,34 +5,21 @@ from __future__ import annotations
 import copy
 import types
 
+import mod_harness
 import pytest
 import torch
+from mod_harness import S, logits
 from torch import nn
 
 import fxopt
 from fxopt.passes import mod_forward, mod_rewrite
-from fxopt.passes.mixture_of_depths import MixtureOfDepths
 from fxopt.passes.mod_counters import watching
 from fxopt.passes.mod_reference import auxiliary_loss, routers
-from fxopt.testing import TINY, inputs_for
-
-B, S = 2, 12
 
 
 def made(name="handwritten", training=False, **fields):
-    """A routed tiny model whose predictors count as trained, and its inputs."""
-    model = TINY[name]()
-    MixtureOfDepths(**{"capacity": 0.25, "layers": (1,)} | fields)(model)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for router in routers(model).values():
-        router.trained = True
-    return model.train(training), inputs_for(name, model, batch=B, length=S)
-
-
-def logits(output):
-    return output.logits if hasattr(output, "logits") else output
+    """A model with layer 1 routed for a quarter of the tokens, in eval."""
+    return mod_harness.made(name, training, **{"capacity": 0.25, "layers": (1,)} | fields)
 
 
 @pytest.fixture
