@@ -12,6 +12,13 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    from fxopt.codegen import compat
+
+    if item.get_closest_marker("branches_write") and not compat.cond_may_write():
+        pytest.skip("before torch 2.12 branches of torch.cond must not write a cache: fxopt blocks it, FX208")
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     """Each test starts with no compiled code, no kept reports and no warning given."""

@@ -16,7 +16,7 @@ from fxopt.passes.provenance import ID, ORIGINS, PASS, all_nodes, inner_graphs, 
 from fxopt.passes.technique import Technique
 from fxopt.testing import capture
 
-pytestmark = pytest.mark.skipif(not compat.cond_may_write(), reason="branches may not write a cache here")
+pytestmark = pytest.mark.branches_write
 
 B, H, KV, S, D = 2, 4, 2, 32, 16
 

@@ -139,6 +139,7 @@ def test_layer_skip_of_a_routed_model(eager_lowering, skipped):
     torch.testing.assert_close(model(**inputs), twin(**inputs))
 
 
+@pytest.mark.branches_write
 def test_layer_skip_does_not_count_a_stack_that_a_branch_has_cut(eager_lowering):
     model = MixtureOfDepths(0.25, layers=(3,))(Handwritten(layers=5)).eval()
     routers(model)["layers.3"].trained = True

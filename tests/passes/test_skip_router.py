@@ -24,6 +24,9 @@ def routed_model(name="llama"):
     return model
 
 
+STATIC = pytest.param("static", marks=pytest.mark.branches_write)
+
+
 def write(model, ids=IDS, cache="static", tokens=6):
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
         out = model.generate(
@@ -38,7 +41,7 @@ def decisions(reference):
     return [layer.decisions for layer in layers]
 
 
-@pytest.mark.parametrize("cache", ["static", None], ids=["static", "growing"])
+@pytest.mark.parametrize("cache", [STATIC, pytest.param(None, id="growing")])
 @pytest.mark.parametrize(
     ("name", "router"),
     [("llama", HALF), ("llama", "routers"), ("gpt2", HALF), ("gpt_neox", HALF), ("qwen3", "routers")],
@@ -59,6 +62,7 @@ def test_generates_what_the_reference_generates(name, router, cache, eager_lower
     assert report.count("layer_skip") == 3 * len(report.graphs)
 
 
+@pytest.mark.branches_write
 def test_a_row_does_not_depend_on_its_neighbours(eager_lowering):
     technique = LayerSkip(router="routers")
     compiled = fxopt.compile(routed_model(), technique, strict=True)
@@ -67,6 +71,7 @@ def test_a_row_does_not_depend_on_its_neighbours(eager_lowering):
         assert torch.equal(write(compiled, IDS[row : row + 1])[0], together[row : row + 1])
 
 
+@pytest.mark.branches_write
 @pytest.mark.parametrize("nobody", [0, 1, 2])
 def test_a_layer_that_nobody_wants_is_not_read(nobody, eager_lowering):
     """Its weights are NaN, and the model is the one without it."""
@@ -91,7 +96,7 @@ def rows_of_linears(model, ids, **kwargs):
     return sum(e.input_shapes[0][0] for e in events if e.input_shapes[1][0] <= 96)
 
 
-@pytest.mark.parametrize("cache", ["static", "growing", "none"])
+@pytest.mark.parametrize("cache", [STATIC, "growing", "none"])
 def test_a_prompt_computes_the_rows_that_want_a_layer(cache, eager_lowering):
     """One row of four wants the first layer, three the second, all the third."""
     from transformers import StaticCache
@@ -115,6 +120,7 @@ def first_rows(state, layer):
     return torch.cumsum(torch.ones_like(state[:, 0]), 0) <= (1, 3, 4)[layer]
 
 
+@pytest.mark.branches_write
 def test_decode_steps_say_what_all_rows_cost(eager_lowering):
     model = fxopt.compile(routed_model(), LayerSkip(router="routers"), strict=True)
     write(model, tokens=2)
@@ -123,6 +129,7 @@ def test_decode_steps_say_what_all_rows_cost(eager_lowering):
     assert len(told) == 3 and all("% more bytes" in message for message in told)
 
 
+@pytest.mark.branches_write
 def test_two_conversations_and_reset(eager_lowering):
     from transformers import StaticCache
 
@@ -145,6 +152,7 @@ def test_two_conversations_and_reset(eager_lowering):
             apart.reverse()
 
 
+@pytest.mark.branches_write
 def test_routers_from_a_file_become_the_models(tmp_path, eager_lowering):
     safetensors = pytest.importorskip("safetensors.torch")
     source = routed_model()
