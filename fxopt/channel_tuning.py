@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxopt import scoring
 from fxopt.passes.attention import AttentionSite
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.sparse_attention import SparseAttention, calibration, double_sparsity
@@ -35,10 +36,12 @@ class ChannelStatistics:
             self.sums[path] = self.sums[path] + found if path in self.sums else found
 
     def resume(self, recipe: Recipe) -> None:
-        """Go on from a recipe that was written before."""
+        """Go on from a recipe that was written before. Raises SettingError when it holds no such calibration."""
         self.sums = {name.removeprefix(PREFIX): t for name, t in recipe.data.items() if name.startswith(PREFIX)}
+        if not self.sums:
+            raise SettingError("the checkpoint holds no channel statistics; remove the file to begin again.")
 
-    def recipe(self, model: nn.Module, windows: int) -> Recipe:
+    def recipe(self, model: nn.Module, seen: Sequence[scoring.Window]) -> Recipe:
         """Settings with channels for every attention but those of the first layers, which stay dense."""
         paths: dict[str, Technique] = {}
         wanted = self.technique.channels
@@ -48,7 +51,7 @@ class ChannelStatistics:
                 count = wanted if isinstance(wanted, int) else double_sparsity.default_channels(sums.shape[1])
                 paths[path] = replace(self.technique, layers=None, channels=calibration.heaviest(sums, count))
         data = {PREFIX + path: sums for path, sums in self.sums.items()}
-        return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": windows})
+        return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes=scoring.seen(seen))
 
 
 def dense_paths(model: nn.Module, technique: SparseAttention) -> list[str]:

@@ -145,6 +145,9 @@ def tune(
     limit: Annotated[int, typer.Option(help="Tokens of the text to read.")] = 8192,
     goal: Annotated[str | None, typer.Option(help="early_exit: agreement=0.97; sparse_attention: 'kl<0.01'.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    checkpoint: Annotated[
+        pathlib.Path | None, typer.Option(help="A file to write after each window, and to go on from when it is there.")
+    ] = None,
 ) -> None:
     from fxopt.evaluation import load_model as load_scored
     from fxopt.sparse_tuning import report_lines
@@ -160,7 +163,7 @@ def tune(
             only = 'sparse_attention={"budget": 1.0}'  # method and budget are what is sought
         recipe = calibrate(
             watched, data or HELDOUT, *techniques_of([only]), goal=goal, tokenizer=tokenizer, limit=limit,
-            context=context,
+            context=context, checkpoint=checkpoint,
         )  # fmt: skip
         path = recipe.save(output or pathlib.Path("recipe.safetensors"))
     except (SettingError, OSError, ValueError, TypeError, ImportError) as error:

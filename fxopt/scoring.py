@@ -6,6 +6,7 @@ All of it is plain PyTorch; nothing here knows about graphs. `fxopt.decoding` sc
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,19 @@ def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(encoded["input_ids"]), before[starts].diff()
 
 
+def digest(cut: Sequence[Window], *settings: object) -> str:
+    """A hash of windows of token ids and of anything that prints the same when it is the same."""
+    found = hashlib.sha256(repr(settings).encode())
+    for window in cut:
+        found.update(window.inputs.long().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def seen(cut: Sequence[Window]) -> dict[str, Any]:
+    """What a recipe notes of the windows that it was calibrated on: how many, and their :func:`digest`."""
+    return {"windows": len(cut), "text": digest(cut)}
+
+
 def progress(items: Iterable[Item], total: int, text: str, show: bool = True) -> Iterator[Item]:
     """The items, with a tqdm bar when tqdm is installed and `show` is set."""
     if show:
@@ -238,9 +252,15 @@ def exit_scores(
 class Divergence:
     """Running sums over positions: bits of the text, KL divergence to the unmodified model, top-1 agreement with it."""
 
-    def __init__(self) -> None:
-        self.bits = self.kl = 0.0
-        self.agreed = self.tokens = self.bytes = 0
+    def __init__(
+        self, bits: float = 0.0, kl: float = 0.0, agreed: float = 0, tokens: float = 0, bytes_: float = 0
+    ) -> None:
+        self.bits, self.kl = bits, kl
+        self.agreed, self.tokens, self.bytes = int(agreed), int(tokens), int(bytes_)
+
+    def state(self) -> tuple[float, float, int, int, int]:
+        """The sums, as the constructor takes them."""
+        return self.bits, self.kl, self.agreed, self.tokens, self.bytes
 
     @torch.no_grad()
     def add(self, logits: Tensor, original: Tensor, targets: Tensor, size: int) -> None:

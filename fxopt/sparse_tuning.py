@@ -1,17 +1,18 @@
 """Choose method and budget of :class:`fxopt.SparseAttention` for each layer, so that a divergence is kept.
 
-On one part of a text the label channels are calibrated; on another, which neither they nor the user's model saw here,
-every candidate is measured in every layer by the attention mass that it keeps. A bound on the mass that may be lost
-gives each layer the candidate that reads least (by the roofline of the device) within it. The largest bound whose
-recipe as a whole keeps the goal, measured as KL divergence to the unmodified model, is found by bisection.
+On one part of a text the label channels are calibrated; on another every candidate is measured in every layer by the
+attention mass that it keeps. A bound on the mass that may be lost gives each layer the candidate that is fastest within
+it (by the roofline of the device). The largest bound whose recipe as a whole keeps the goal, measured as KL divergence
+to the unmodified model, is found by bisection. What the recipe records is measured on a third part that chose nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
+import math
+import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,10 @@ from fxopt.passes.modules import module_stacks
 from fxopt.passes.sparse_attention import SparseAttention
 from fxopt.passes.sparse_attention.calibration import heaviest
 from fxopt.passes.sparse_attention.double_sparsity import default_channels
-from fxopt.passes.sparse_attention.one_shot import HeadSums, OneShot, channel_sums
+from fxopt.passes.sparse_attention.one_shot import HeadSums
 from fxopt.passes.technique import SettingError
 from fxopt.recipe import Recipe, fingerprint
+from fxopt.sparse_measuring import Search, Tails
 
 BUDGETS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 METHODS = ("sink_window", "pages", "double_sparsity")
@@ -36,8 +38,6 @@ MEASUREMENTS = 7
 """Whole recipes whose divergence is measured."""
 SCORED = 512
 """Last tokens of each window that are decoded and scored; what stands before them is their prompt."""
-EVERY = 4
-"""Kept mass is measured at every so many of these."""
 
 
 def wanted_divergence(goal: str | None) -> float:
@@ -74,64 +74,82 @@ class Choice:
 
 
 def solve(
-    model: Any, cut: Sequence[scoring.Window], technique: SparseAttention, goal: float, *, show: bool = True
+    model: Any,
+    cut: Sequence[scoring.Window],
+    technique: SparseAttention,
+    goal: float,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    show: bool = True,
 ) -> Recipe:
-    """The fastest recipe found that keeps the divergence under `goal` on the held-out windows of `cut`.
+    """The fastest recipe found that keeps the divergence under `goal`.
+
+    The first quarter of `cut` calibrates, the middle chooses, the last quarter says what the choice gives on a text
+    that took no part in it; a warning where that is not under `goal`.
 
     ``technique``: sinks, layers, channels (how many) and min_length are taken from it; method and budget are found.
-    Raises SettingError for fewer than two windows, and where even the largest budget does not keep the goal.
+    ``checkpoint``: a file that is written after each window; a search that was interrupted goes on from it.
+    Raises SettingError for fewer than three windows, where even the largest budget does not keep the goal, and for the
+    checkpoint of another search.
     """
-    if len(cut) < 2:
+    if len(cut) < 3:
         raise SettingError(
-            f"tune(goal='kl<{goal:g}'): {len(cut)} window; one to calibrate on and one to choose by are needed: give a "
-            "longer text, a smaller context=, or a larger limit=."
+            f"tune(goal='kl<{goal:g}'): {len(cut)} windows; one to calibrate on, one to choose by and one to confirm "
+            "the choice on are needed: give a longer text, a smaller context=, or a larger limit=."
         )
     technique.check(model)
-    known, held_out = cut[: max(1, len(cut) // 4)], cut[max(1, len(cut) // 4) :]
+    quarter = max(1, len(cut) // 4)
+    known, deciding, last = cut[:quarter], cut[quarter:-quarter], cut[-quarter:]
+    search = Search(model, scoring.digest(cut, technique.to_dict(), goal, BUDGETS, METHODS), checkpoint, show)
     stack = module_stacks(model)[0]
     names = {id(module): name for name, module in model.named_modules()}
     paths = {i: names[id(stack.layers[i])] for i in sorted(technique.chosen(len(stack)))}
-    sums = channel_sums(model, [w.inputs for w in scoring.progress(known, len(known), "calibrating", show)])
-    options = {layer: _candidates(technique, sums[layer]) for layer in paths if layer in sums}
-    prompt = _prompt(cut)
-    tails = Tails(model, held_out, prompt)
-    shot = OneShot(options, prompt, every=EVERY)
-    for number in scoring.progress(range(len(held_out)), len(held_out), "kept mass", show):
-        tails.run(number, shot)
-    measured = shot.sums
-    costs = _costs(model, options, len(cut[0].inputs))
-    tried: list[tuple[float, dict[int, int], float]] = []
-    losses = sorted({round(1 - float(s.kept_mass.mean()), 6) for s in measured.values()})
+    search.calibrate(known)
+    options = {n: _candidates(technique, search.importance[n]) for n in paths if n in search.importance}
+    tails = Tails(model, deciding, _prompt(cut))
+    search.watch(tails, options)
+    costs = search.costs = search.costs or _costs(model, options, len(cut[0].inputs))
+    losses = sorted({round(1 - float(s.kept_mass.mean()), 6) for s in search.sums.values()})
     low, high = 0, len(losses) - 1  # indices of bounds; the first keeps most
-    best: dict[int, int] | None = None
-    for _ in scoring.progress(range(MEASUREMENTS), MEASUREMENTS, f"kl < {goal:g}", show):
+    best: tuple[dict[int, int], float] | None = None
+    least = math.inf
+    for number in range(MEASUREMENTS):
         if low > high:
             break
-        middle = (low + high) // 2 if tried else min(high, len(losses) // 4)
-        picked = pick(measured, costs, losses[middle])
-        settings = {layer: options[layer][number] for layer, number in picked.items()}
-        reached = tails.divergence(settings)["kl"] if picked else 0.0
-        assert reached is not None
-        tried.append((losses[middle], picked, reached))
+        middle = (low + high) // 2 if number else min(high, len(losses) // 4)
+        picked = pick(search.sums, costs, losses[middle])
+        reached = 0.0
+        if picked:
+            settings = {layer: options[layer][n] for layer, n in picked.items()}
+            reached = search.divergence(tails, settings, f"kl < {goal:g}: {number + 1} of {MEASUREMENTS}")
+            least = min(least, reached)
         if reached < goal:
-            low, best = middle + 1, picked
+            low, best = middle + 1, (picked, reached)
         else:
             high = middle - 1
-    if not best:
-        least = min((kl for _, picked, kl in tried if picked), default=float("nan"))
+    if best is None or not best[0]:
         raise SettingError(
             f"tune(goal='kl<{goal:g}'): no choice of methods and budgets keeps it on this text (closest: {least:.4f}). "
             "Ask for a larger divergence."
         )
+    picked, reached = best
     chosen = [
         Choice(
-            paths[layer], options[layer][best[layer]] if layer in best else None,
-            *_shares(measured, layer, best.get(layer)), costs[layer][best.get(layer, -1)],
+            paths[layer], options[layer][picked[layer]] if layer in picked else None,
+            *_shares(search.sums, layer, picked.get(layer)), costs[layer][picked.get(layer, -1)],
         )
         for layer in options
     ]  # fmt: skip
-    reached = next(kl for _, picked, kl in tried if picked == best)
-    return _recipe(model, technique, chosen, reached, goal, sum(c[-1] for c in costs.values()), len(held_out))
+    settings = {layer: options[layer][n] for layer, n in picked.items()}
+    confirmed = search.divergence(Tails(model, last, tails.prompt), settings, "confirming")
+    if not confirmed < goal:
+        warnings.warn(
+            f"tune(goal='kl<{goal:g}'): the choice gives {reached:.5f} where it was made and {confirmed:.5f} on text "
+            "that took no part in it. Ask for a smaller divergence, or give more text.",
+            stacklevel=2,
+        )
+    numbers = {"kl": confirmed, "kl where chosen": reached}
+    return _recipe(model, technique, chosen, numbers, goal, sum(c[-1] for c in costs.values()), len(last))
 
 
 def pick(
@@ -152,48 +170,14 @@ def pick(
     return picked
 
 
-class Tails:
-    """Windows whose prompts are on caches, so that what follows a prompt runs again and again at its own cost."""
-
-    def __init__(self, model: Any, windows: Sequence[scoring.Window], prompt: int) -> None:
-        self.model, self.prompt = model, prompt
-        self.device = next(model.parameters()).device
-        self.windows = list(windows)
-        self.caches: list[Any] = [None] * len(self.windows)
-        self.base: list[Tensor] = []
-
-    @torch.no_grad()
-    def run(self, number: int, shot: OneShot | None = None) -> Tensor:
-        """Logits [S - prompt, V] of one window after its prompt; rows choose as `shot` says."""
-        ids = self.windows[number].inputs[None].to(self.device)
-        if self.caches[number] is None:
-            self.caches[number] = self.model(ids[:, : self.prompt], use_cache=True, logits_to_keep=1).past_key_values
-        cache = copy.deepcopy(self.caches[number])
-        with shot.attached(self.model) if shot is not None else contextlib.nullcontext():
-            return self.model(ids[:, self.prompt :], past_key_values=cache, use_cache=True).logits[0]
-
-    def divergence(self, settings: Mapping[int, SparseAttention]) -> dict[str, float | None]:
-        """Scores (bits per byte, KL, agreement) of all tails, decoded with these settings by layer.
-
-        In one forward a window, see :mod:`fxopt.passes.sparse_attention.one_shot`.
-        """
-        if not self.base:
-            self.base = [self.run(number) for number in range(len(self.windows))]
-        found = scoring.Divergence()
-        for number, window in enumerate(self.windows):
-            logits = self.run(number, OneShot(settings, self.prompt)) if settings else self.base[number]
-            targets = window.targets[self.prompt :].to(self.device)
-            found.add(logits, self.base[number], targets, int(window.sizes[self.prompt :].sum()))
-        return found.result()
-
-
 def report_lines(recipe: Recipe) -> list[str]:
     """What :func:`solve` chose, with density, kept mass and their maps; empty for any other recipe."""
     if "report" not in recipe.notes:
         return []
     notes = recipe.notes
     said = (
-        f"KL {notes['kl']:.5f} on {notes['windows']} held-out windows ({notes['goal']}); attention of a decode step "
+        f"{notes['goal']}: KL {notes['kl']:.5f} on {notes['windows']} windows that took no part in the choice, "
+        f"{notes['kl where chosen']:.5f} where it was made; attention of a decode step "
         f"{notes['modelled speedup of attention']}x by the roofline"
     )
     return [*notes["report"], said, *(line for picture in maps(recipe) for line in picture.text().splitlines())]
@@ -266,8 +250,8 @@ def _shares(measured: Mapping[tuple[int, int], HeadSums], layer: int, number: in
 
 
 def _recipe(
-    model: nn.Module, technique: SparseAttention, chosen: Sequence[Choice], kl: float, goal: float, dense: float,
-    windows: int,
+    model: nn.Module, technique: SparseAttention, chosen: Sequence[Choice], measured: Mapping[str, float],
+    goal: float, dense: float, windows: int,
 ) -> Recipe:  # fmt: skip
     paths = {
         c.path: dataclasses.replace(c.setting, min_length=technique.min_length)
@@ -279,7 +263,7 @@ def _recipe(
     }
     faster = dense / sum(c.seconds for c in chosen)
     notes = {
-        "goal": f"kl<{goal:g}", "kl": round(kl, 6), "windows": windows,
+        "goal": f"kl<{goal:g}", "windows": windows, **{name: round(kl, 6) for name, kl in measured.items()},
         "modelled speedup of attention": round(faster, 2),
         "layers": [c.path for c in chosen],
         "report": [f"{'layer':<28} {'chosen':<24} {'density':>7} {'kept mass':>9}", *map(str, chosen)],

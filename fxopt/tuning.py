@@ -60,7 +60,8 @@ def tune(
         data: a text, a path to one, or token ids; ``FlatGemm`` reads none, None will do.
         tokenizer: found by the model's name or path when not given.
         context, limit: tokens of a window, and tokens to read in all.
-        checkpoint: a recipe file that is written after each window; a run that was interrupted goes on from it.
+        checkpoint: a recipe file that is written after each window; a run that was interrupted goes on from it. For
+            calibrations, and for ``SparseAttention`` with a goal.
 
     Raises:
         SettingError: for a goal that is not known, or a technique that has nothing to calibrate.
@@ -69,6 +70,8 @@ def tune(
     from fxopt.evaluation import find_tokenizer, read_data
 
     asked = techniques or (AsyncSoftmax(),)
+    if checkpoint is not None and any(isinstance(t, (EarlyExit, FlatGemm)) for t in asked):
+        raise SettingError(f"tune(checkpoint={os.fspath(checkpoint)!r}): there is none for {asked[0]}; leave it out.")
     if len(asked) == 1 and isinstance(asked[0], FlatGemm):
         if goal is not None:
             raise SettingError(f"tune(goal={goal!r}): a goal is for one EarlyExit; for FlatGemm leave it out.")
@@ -97,9 +100,9 @@ def tune(
     if exits is not None and agreement is not None:
         return exit_tuning.solve(model, windows, exits, agreement, show=show)
     if sparse is not None and kl is not None:
-        return sparse_tuning.solve(model, windows, sparse, kl, show=show)
+        return sparse_tuning.solve(model, windows, sparse, kl, checkpoint=checkpoint, show=show)
     statistics = _statistics(asked[0])
-    done = _resume(model, checkpoint, statistics)
+    done = _resume(model, checkpoint, statistics, windows)
     device = next(model.parameters()).device
     with torch.no_grad():
         todo = windows[done:]
@@ -107,8 +110,8 @@ def tune(
         for number, window in enumerate(scoring.progress(todo, len(todo), "calibrating", show), start=done + 1):
             watched(input_ids=window.inputs[None].to(device), use_cache=False)
             if checkpoint is not None:
-                statistics.recipe(model, number).save(checkpoint)
-    return statistics.recipe(model, len(windows))
+                statistics.recipe(model, windows[:number]).save(checkpoint)
+    return statistics.recipe(model, windows)
 
 
 class Statistics(Protocol):
@@ -118,7 +121,7 @@ class Statistics(Protocol):
 
     def resume(self, recipe: Recipe) -> None: ...
 
-    def recipe(self, model: nn.Module, windows: int) -> Recipe: ...
+    def recipe(self, model: nn.Module, seen: Sequence[scoring.Window]) -> Recipe: ...
 
 
 def observed(model: nn.Module, look: Callable[..., None]) -> Callable[..., Any]:
@@ -192,7 +195,7 @@ class SoftmaxRanges:
             high = torch.maximum(high, before[2])
         self.ranges[path] = (low, least, high)
 
-    def recipe(self, model: nn.Module, windows: int) -> Recipe:
+    def recipe(self, model: nn.Module, seen: Sequence[scoring.Window]) -> Recipe:
         """The range of the row maxima for each attention whose scores were finite on the text.
 
         For the others the pass estimates phi in each step instead.
@@ -207,13 +210,13 @@ class SoftmaxRanges:
             pairs = tuple(zip(least.tolist(), high.tolist(), strict=True))
             if all(math.isfinite(end) for pair in pairs for end in pair):
                 paths[path] = dataclasses.replace(self.technique, ranges=pairs)
-        return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes={"windows": windows})
+        return Recipe(paths=paths, data=data, fingerprint=fingerprint(model), notes=scoring.seen(seen))
 
     def resume(self, recipe: Recipe) -> None:
         """Go on from a recipe that was written before. Raises SettingError when it holds no such calibration."""
         prefix = f"{LOWEST}."
         names = [name.removeprefix(prefix) for name in recipe.data if name.startswith(prefix)]
-        if any(f"{kind}.{name}" not in recipe.data for kind in KINDS for name in names):
+        if not names or any(f"{kind}.{name}" not in recipe.data for kind in KINDS for name in names):
             raise SettingError("the checkpoint holds no calibration that could go on; remove the file to begin again.")
         for name in names:
             low, least, high = (recipe.data[f"{kind}.{name}"] for kind in KINDS)
@@ -227,10 +230,21 @@ def _statistics(technique: Technique) -> Statistics:
     return SoftmaxRanges(technique)
 
 
-def _resume(model: nn.Module, checkpoint: str | os.PathLike[str] | None, statistics: Statistics) -> int:
+def _resume(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str] | None,
+    statistics: Statistics,
+    windows: Sequence[scoring.Window],
+) -> int:
     if checkpoint is None or not pathlib.Path(checkpoint).is_file():
         return 0
     recipe = Recipe.load(checkpoint)
     recipe.check(model)
+    done = int(recipe.notes.get("windows", 0))
+    if recipe.notes != scoring.seen(windows[:done]):
+        raise SettingError(
+            f"the checkpoint {os.fspath(checkpoint)!r} was calibrated on {done} windows of another text or length. "
+            "Give the same text and context, or remove the file to begin again."
+        )
     statistics.resume(recipe)
-    return int(recipe.notes.get("windows", 0))
+    return done

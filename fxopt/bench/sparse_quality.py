@@ -18,7 +18,8 @@ from fxopt.passes.sparse_attention import SparseAttention
 from fxopt.passes.sparse_attention.calibration import DENSE_LAYERS, heaviest
 from fxopt.passes.sparse_attention.double_sparsity import default_channels
 from fxopt.passes.sparse_attention.one_shot import OneShot, channel_sums
-from fxopt.sparse_tuning import BUDGETS, METHODS, Tails
+from fxopt.sparse_measuring import Tails
+from fxopt.sparse_tuning import BUDGETS, METHODS
 from fxopt.tinylm.needle import Needle, needle_task
 
 CONTEXT, SCORED, WINDOWS, QUESTIONS = 4096, 256, 4, 24

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fxopt
-from fxopt import AsyncSoftmax, LayerSkip, Recipe, SettingError
+from fxopt import AsyncSoftmax, LayerSkip, Recipe, SettingError, SparseAttention
 from fxopt.testing import TINY
 from fxopt.tuning import HIGHEST, LOWEST, LOWEST_MAXIMUM
 
@@ -61,10 +61,17 @@ def test_an_interrupted_run_goes_on(tmp_path):
     whole = fxopt.tune(model, TOKENS, context=32, show=False)
     path = tmp_path / "part.safetensors"
     fxopt.tune(model, TOKENS[:64], context=32, checkpoint=path, show=False)
-    assert Recipe.load(path).notes == {"windows": 2}
+    assert Recipe.load(path).notes["windows"] == 2
     resumed = fxopt.tune(model, TOKENS, context=32, checkpoint=path, show=False)
     for name, tensor in whole.data.items():
         assert torch.equal(resumed.data[name], tensor)
+    with pytest.raises(SettingError, match="another text"):
+        fxopt.tune(model, TOKENS[::-1], context=32, checkpoint=path, show=False)
+    asked = SparseAttention(method="double_sparsity", budget=32, channels=4)
+    with pytest.raises(SettingError, match="no channel statistics"):
+        fxopt.tune(model, TOKENS, asked, context=32, checkpoint=path, show=False)
+    with pytest.raises(SettingError, match="there is none for EarlyExit"):
+        fxopt.tune(model, TOKENS, fxopt.EarlyExit(layers=(2,)), goal="agreement=0.9", checkpoint=path, show=False)
 
 
 def test_a_recipe_compiles_its_model_and_no_other(tmp_path, eager_lowering):
