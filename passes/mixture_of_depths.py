@@ -168,12 +168,14 @@ class MixtureOfDepths(Technique):
         unroute(module)
         chosen = nn.ModuleDict()
         made = False
+        warned = next((r.warned for r in earlier.values() if isinstance(r, Router)), {"untrained": False})
         for number, (key, stack, index) in enumerate(wanted):
             kept = earlier.get(key)
             if not isinstance(kept, Router) or not self._fits(kept, scorer):
                 kept, made = self._make_router(module, stack.layers[index], number, scorer), True
             kept.set_capacity(self.capacity)
             kept.path = f"{stack.path}.{index}"
+            kept.warned = warned
             chosen[key] = kept
             _route(targets[key], kept, residual=self.part == "layer")
         module.add_module(ROUTERS, chosen)

@@ -66,7 +66,8 @@ class Router(nn.Module):
         """Number of the routed layer in a KV cache, where the layer knows it."""
         self.set_capacity(capacity)
         self.trained = False
-        self.warned = False
+        self.warned = {"untrained": False}
+        """Whether it was said that predictors are untrained; the routers of one model share it."""
         self.watched = False
         self.extra: int | None = None
         """What the block returns beside the stream, once it has run in eager: how many, 0 where it returns a tensor."""
@@ -197,13 +198,14 @@ def only_if(part: str) -> Any:
 
 
 def warn_untrained(router: Router) -> None:
-    """One warning for a predictor that decides without having been trained."""
-    if not router.trained and not router.warned:
-        router.warned = True
+    """One warning for a model with a predictor that decides without having been trained."""
+    if not router.trained and not router.warned["untrained"]:
+        router.warned["untrained"] = True
         warnings.warn(
             f"mixture of depths: the predictor of {router.path or 'a routed layer'} was never trained, so which tokens "
-            "it computes in eval() is arbitrary. Add fxopt.passes.mod_reference.auxiliary_loss(model) to the training "
-            "loss, or load a checkpoint that has fxopt_router.* in it.",
+            "are computed in eval() is arbitrary. Add fxopt.passes.mod_reference.auxiliary_loss(model) to the training "
+            "loss, or load a checkpoint that has fxopt_router.* in it. Said once for a model; others of its predictors "
+            "may be untrained too.",
             UserWarning,
             stacklevel=2,
         )

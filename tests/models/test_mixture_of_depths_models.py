@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from mod_harness import decided, made
@@ -9,7 +11,7 @@ from mod_harness import decided, made
 import fxopt
 from fxopt import SettingError
 from fxopt.codegen import compat
-from fxopt.passes.mixture_of_depths import MixtureOfDepths
+from fxopt.passes.mixture_of_depths import MixtureOfDepths, unroute
 from fxopt.passes.mod_counters import watching
 from fxopt.passes.mod_reference import routers
 from fxopt.passes.provenance import inner_graphs
@@ -26,16 +28,46 @@ def in_parts(model, ids, cache):
     return torch.cat([model(input_ids=ids[:, a:b], past_key_values=cache).logits for a, b in pieces], 1)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_capacity_one_with_weight_one_is_the_dense_model(name):
+    model, inputs = made(name, training=True, capacity=1.0)
+    dense, _ = made(name, training=True)
+    for router in routers(model).values():
+        router.forward = lambda x: torch.ones(x.shape[:2])
+    with torch.no_grad():
+        expected = unroute(dense)(**inputs).logits
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_predictor_looks_at_nothing_that_follows_and_top_c_does(name):
+    for training in (False, True):
+        model, inputs = made(name, training, capacity=3, layers=(0, 1))
+        ids = inputs["input_ids"]
+        differ = []
+        with torch.no_grad():
+            before = model(input_ids=ids, use_cache=False).logits
+            for place in range(1, ids.shape[1]):
+                changed = ids.clone()
+                changed[:, place] = (changed[:, place] + 1) % model.config.vocab_size
+                after = model(input_ids=changed, use_cache=False).logits
+                differ.append((before - after)[:, :place].abs().max() > 1e-4)
+        assert any(differ) == training
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("training", "dynamic"), [(True, True), (True, False), (False, None)])
-def test_compiled_is_eager(eager_lowering, name, training, dynamic):
-    model, inputs = made(name, training, length=20)
+@pytest.mark.parametrize(
+    ("training", "dynamic", "batch"),
+    [(True, True, 2), (True, False, 2), (True, False, 1), (False, None, 2), (False, None, 1)],
+)
+def test_compiled_is_eager(eager_lowering, name, training, dynamic, batch):
+    model, inputs = made(name, training, batch, length=20)
     with torch.no_grad():
         fxopt.compile(model, dynamic=dynamic, strict=True)
         torch.testing.assert_close(model(**inputs).logits, model.forward(**inputs).logits, rtol=1e-4, atol=1e-4)
         if dynamic is not False:
-            longer = inputs_for(name, model, length=31)
+            longer = inputs_for(name, model, batch=batch, length=31)
             found = model(**longer).logits
             torch.testing.assert_close(found, model.forward(**longer).logits, rtol=1e-4, atol=1e-4)
     remarks = [r for r in fxopt.report(model).remarks if r.technique == "mixture_of_depths"]
@@ -112,6 +144,20 @@ def test_generate_is_what_forwards_without_a_cache_say(beams):
     settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
     found = model.generate(inputs["input_ids"], use_cache=True, **settings)
     assert torch.equal(found, model.generate(inputs["input_ids"], use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_generating_with_untrained_predictors_warns_once_and_says_how(eager_lowering, compiled):
+    model = MixtureOfDepths(0.5, every=1)(TINY["llama"]()).eval()
+    ids = inputs_for("llama", model, batch=1, length=6)["input_ids"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if compiled:
+            fxopt.compile(model)
+        for _ in range(2):
+            model.generate(ids, max_new_tokens=3, do_sample=False)
+    (told,) = [str(w.message) for w in caught if "predictor" in str(w.message)]
+    assert "auxiliary_loss" in told and "model.layers.0" in told
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

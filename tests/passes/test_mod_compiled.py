@@ -10,6 +10,7 @@ import runpy
 import pytest
 import torch
 from mod_harness import B, S, decided, made
+from torch import nn
 
 import fxopt
 from fxopt.codegen import compat
@@ -181,6 +182,37 @@ def test_through_inductor(training):
         (each(**inputs).square().mean() + auxiliary_loss(each)).backward()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+class OneLayer(nn.Module):
+    """The stream behind one routed layer, as it is: nothing after it that would hide a changed bit."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = TINY["handwritten"]().layers[:2]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+def test_tokens_that_are_not_selected_keep_every_bit_through_inductor(training):
+    model = MixtureOfDepths(0.25, layers=(0, 1))(OneLayer()).train(training)
+    for router in routers(model).values():
+        router.trained = True
+    x = torch.randn(B, S, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with watching(model) as routes:
+            expected = model(x)
+            passed = ~torch.stack(list(routes().values())).any(0)
+        fxopt.compile(model, strict=True)
+        found = model(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert passed.any() and torch.equal(found[passed], x[passed])
+    assert not torch.isclose(found[~passed], x[~passed]).all(-1).any()
 
 
 @pytest.mark.slow

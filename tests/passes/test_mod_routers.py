@@ -91,12 +91,16 @@ def test_reference_is_the_routed_model_itself():
 
 def test_an_untrained_predictor_warns_once_and_says_how():
     model = TINY["handwritten"]()
-    MixtureOfDepths(0.5)(model).eval()
-    with pytest.warns(UserWarning, match="auxiliary_loss"):
-        model(inputs_for("handwritten", model)["ids"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(inputs_for("handwritten", model)["ids"])
+    ids = inputs_for("handwritten", model)["ids"]
+    MixtureOfDepths(0.5, every=1)(model).eval()
+    twin = copy.deepcopy(model)
+    for each in (model, twin):  # once for all of its layers, and for each model
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                each(ids)
+        (told,) = caught
+        assert "layers.0 was never trained" in str(told.message) and "auxiliary_loss" in str(told.message)
 
 
 def test_through_options_without_routers_it_says_what_to_write(eager_lowering):

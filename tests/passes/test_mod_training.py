@@ -52,6 +52,17 @@ def test_auxiliary_loss_teaches_membership(predictor):
         auxiliary_loss(model)
 
 
+def test_padding_has_no_part_in_the_auxiliary_loss():
+    model, inputs = made("llama", capacity=4)
+    ids = inputs["input_ids"]
+    model(input_ids=ids, use_cache=False)
+    alone = auxiliary_loss(model)
+    mask = torch.cat([torch.zeros(B, 3, dtype=torch.long), torch.ones_like(ids)], dim=1)
+    padded = torch.cat([torch.zeros(B, 3, dtype=torch.long), ids], dim=1)
+    model(input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
+    torch.testing.assert_close(auxiliary_loss(model), alone, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_survive_activation_checkpointing():
     grads = []
     for checkpointed in (False, True):
