@@ -79,21 +79,26 @@ def from_lists(
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     stacks = module_stacks(model)
-    layers = next((s for s in stacks if len(s) == len(lists)), None)
-    found = (len(lists), len(next(iter(lists.values()))), len(next(iter(lists.values()))[0]))
-    if layers is None or found[1:] != (heads, width):
+    stack = next((s for s in stacks if set(lists) == set(range(len(s)))), None)
+    layouts = {(len(listed), len(listed[0])) for listed in lists.values()}
+    if stack is None or layouts != {(heads, width)}:
         have = ", ".join(str(len(s)) for s in stacks)
+        given = " or ".join(f"{h} heads with {w} channels" for h, w in sorted(layouts))
         raise SettingError(
-            f"{os.fspath(path)!r} has {kind} lists for {found[0]} layers of {found[1]} heads with {found[2]} channels; "
-            f"this {type(model).__name__} has {have} layers of {heads} KV heads with {width}. Calibrate it with "
-            "fxopt.tune."
+            f"{os.fspath(path)!r} has {kind} lists for {len(lists)} layers of {given}; this {type(model).__name__} has "
+            f"{have} layers of {heads} KV heads with {width}. "
+            + ("Take kind='k'. " if kind == "q" and heads != config.num_attention_heads else "")
+            + "Or calibrate it with fxopt.tune."
         )
     count = technique.channels if isinstance(technique.channels, int) else double_sparsity.default_channels(width)
     names = {id(module): name for name, module in model.named_modules()}
+    dense = set(dense_paths(model, technique))
     paths: dict[str, Technique] = {}
-    for layer in range(calibration.DENSE_LAYERS, len(layers)):
-        chosen = tuple(calibration.first_channels(order, count) for order in lists[layer])
-        paths[f"{names[id(layers.layers[layer])]}.self_attn"] = replace(technique, layers=None, channels=chosen)
-    overlap = sum(calibration.head_overlap(heads, count) for heads in lists.values()) / len(lists)
-    notes = {"source": os.path.basename(os.fspath(path)), "kind": kind, "mean overlap of heads": round(overlap, 3)}
+    for layer, listed in sorted(lists.items()):
+        path_of = names[id(stack.layers[layer])]
+        if path_of not in dense:
+            chosen = tuple(calibration.first_channels(order, count) for order in listed)
+            paths[f"{path_of}.self_attn"] = replace(technique, layers=None, channels=chosen)
+    overlap = round(calibration.mean_overlap(lists, count), 3)
+    notes = {"source": os.path.basename(os.fspath(path)), "kind": kind, "mean overlap of heads": overlap}
     return Recipe(paths=paths, fingerprint=fingerprint(model), notes=notes)

@@ -52,20 +52,17 @@ def heaviest(importance: Tensor, count: int) -> tuple[tuple[int, ...], ...]:
 def read_lists(path: str | os.PathLike[str], kind: str = "k") -> dict[int, tuple[tuple[int, ...], ...]]:
     """Channel lists in the JSON format of the paper's authors: {layer: one permutation of the channels a head}.
 
-    ``kind``: ``"q"``, ``"k"`` or ``"qk"``. Their ``qk`` lists are refused: the published calibration merges heads with
-    tokens before it averages, so that a head's list describes all heads, and it keeps the last sample alone.
-    Raises SettingError for a missing or foreign file, and for lists that are no permutations.
+    ``kind``: ``"q"``, ``"k"`` or ``"qk"``. Their ``qk`` lists are refused, with what shows it in this file: the
+    published calibration merges heads with tokens and keeps only the last sample. Other keys of the file are ignored.
+    Raises SettingError.
     """
-    if kind == "qk":
-        raise SettingError(
-            "the authors' qk_proj lists average over the wrong dimensions (heads are mixed, and only the last sample "
-            "counts); use kind='k' or 'q', or calibrate with fxopt.tune."
-        )
+    if kind not in ("q", "k", "qk"):
+        raise SettingError(f"channel lists are of kind 'k', 'q' or 'qk', not {kind!r}; take 'k'.")
     source = pathlib.Path(path)
     if not source.is_file():
         raise SettingError(f"there is no file {os.fspath(path)!r} with channel lists.")
     try:
-        found = json.loads(source.read_text())
+        found = json.loads(source.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SettingError(f"{os.fspath(path)!r} is no JSON file: {error}") from error
     lists: dict[int, tuple[tuple[int, ...], ...]] = {}
@@ -75,7 +72,21 @@ def read_lists(path: str | os.PathLike[str], kind: str = "k") -> dict[int, tuple
             lists[int(match["layer"])] = _permutations(name, heads)
     if not lists:
         raise SettingError(f"{os.fspath(path)!r} has no '*.layers.N.self_attn.{kind}_proj' lists.")
+    if kind == "qk":
+        width = len(next(iter(lists.values()))[0])
+        count = max(1, width // 8)
+        raise SettingError(
+            "the authors' qk_proj lists are not those of heads: they average over wrong dimensions (heads are mixed "
+            f"with tokens), and only the last sample counts. In {os.fspath(path)!r} two heads of a layer share "
+            f"{mean_overlap(lists, count):.1%} of their first {count} channels; by chance it were {count / width:.1%}. "
+            "Use kind='k' or 'q', or calibrate with fxopt.tune."
+        )
     return lists
+
+
+def mean_overlap(lists: Mapping[int, tuple[tuple[int, ...], ...]], count: int) -> float:
+    """:func:`head_overlap`, the mean over layers."""
+    return sum(head_overlap(heads, count) for heads in lists.values()) / len(lists)
 
 
 def first_channels(listed: tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -99,6 +110,6 @@ def _permutations(name: str, heads: object) -> tuple[tuple[int, ...], ...]:
     if not isinstance(heads, list) or not heads or not all(isinstance(h, list) for h in heads):
         raise SettingError(f"{name}: one list of channels for each head was expected.")
     for number, listed in enumerate(heads):
-        if sorted(listed) != list(range(len(listed))):
-            raise SettingError(f"{name}: the list of head {number} is no permutation of its {len(listed)} channels.")
+        if not all(type(c) is int for c in listed) or sorted(listed) != list(range(len(heads[0]))):
+            raise SettingError(f"{name}: the list of head {number} is no permutation of {len(heads[0])} channels.")
     return tuple(tuple(listed) for listed in heads)

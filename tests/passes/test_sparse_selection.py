@@ -182,14 +182,22 @@ def test_lists_in_the_authors_format(tmp_path):
     assert read_lists(path) == {0: ((3, 1, 2, 0), (2, 0, 1, 3))}
     assert first_channels((3, 1, 2, 0), 2) == (1, 3)
     assert head_overlap(((3, 1, 2, 0), (2, 0, 1, 3)), 2) == 0.0
-    with pytest.raises(SettingError, match="qk_proj"):
-        read_lists(path, "qk")
-    with pytest.raises(SettingError, match="no '.*q_proj'"):
-        read_lists(path, "q")
+    for kind in ("q", "qk"):
+        with pytest.raises(SettingError, match=f"no '.*{kind}_proj'"):
+            read_lists(path, kind)
+    with pytest.raises(SettingError, match="take 'k'"):
+        read_lists(path, "v")
     with pytest.raises(SettingError, match="no file"):
         read_lists(tmp_path / "missing.json")
-    path.write_text(json.dumps({"model.layers.0.self_attn.k_proj": [[3, 1, 1, 0]]}))
-    with pytest.raises(SettingError, match="permutation"):
+    for wrong in ([[3, 1, 1, 0]], [[1, 0], [1, 0, 2]], [["a", 1]], [[0.0, 1.0]]):
+        path.write_text(json.dumps({"model.layers.0.self_attn.k_proj": wrong}))
+        with pytest.raises(SettingError, match="permutation"):
+            read_lists(path)
+    path.write_text(json.dumps({"model.layers.0.self_attn.k_proj": [3, 1, 2, 0]}))
+    with pytest.raises(SettingError, match="one list of channels for each head"):
+        read_lists(path)
+    path.write_text("{")
+    with pytest.raises(SettingError, match="no JSON"):
         read_lists(path)
 
 
