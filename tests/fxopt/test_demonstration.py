@@ -22,4 +22,5 @@ def test_demo_writes_scores_times_and_reports(eager_lowering, monkeypatch, capsy
     assert "100.0%" in rows["fxopt"]
     assert any(name.startswith("LayerSkip(skip=(8,") for name in rows)
     assert any(name.startswith("EarlyExit(layers=(6,)") for name in rows)
+    assert "not in this table: sparse_attention" in printed
     assert (tmp_path / "page.html").read_text().startswith("<!")
