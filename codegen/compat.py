@@ -131,11 +131,13 @@ def _hold_operands_of_conditionals() -> None:
     when the model ran. From here on it keeps to them."""
     import torch
     from torch._inductor import ir
+    from torch._inductor.lowering import lowerings
     from torch._inductor.virtualized import V
 
-    create = ir.Conditional.create.__func__  # type: ignore[attr-defined]
+    cond: Any = torch.ops.higher_order.cond
+    lower = lowerings[cond]
 
-    def held(cls: Any, predicate: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
+    def held(predicate: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
         exact = []
         nodes: Any = V.graph.current_node.args[-1]
         for operand, node in zip(operands, nodes, strict=True):
@@ -143,9 +145,9 @@ def _hold_operands_of_conditionals() -> None:
             if isinstance(value, torch.Tensor):
                 operand = ir.ExternKernel.require_exact_strides(operand, value.stride(), allow_padding=False)
             exact.append(operand)
-        return create(cls, predicate, true_fn, false_fn, exact)
+        return lower(predicate, true_fn, false_fn, exact)
 
-    ir.Conditional.create = classmethod(held)  # type: ignore[method-assign,assignment]
+    lowerings[cond] = held
 
 
 def compile_with_provenance(

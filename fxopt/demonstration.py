@@ -19,9 +19,9 @@ WRITTEN = CONTEXT // 2 + 1
 """Tokens after the prompt, in text and score; all caches are made for as many, so that each graph compiles once."""
 STEPS, ROUNDS = 40, 5
 """Decode steps of a timed round, and rounds; the ways take turns."""
-LEFT_OUT = """not in this table: sparse_attention, which pays on long contexts (fxopt bench context, fxopt bench sparse);
-mixture_of_depths, which has to be trained (examples/train_mod.py); on a CPU async_softmax and flat_gemm, whose kernels
-need a GPU"""
+LEFT_OUT = """not in this table: sparse_attention, which pays on long contexts (fxopt bench context, fxopt bench
+sparse); mixture_of_depths, which has to be trained (examples/train_mod.py); on a CPU async_softmax and flat_gemm,
+whose kernels need a GPU"""
 
 
 def run(model_name: str | None = None, *, shown: int = 48, page: str = "fxopt-report.html") -> None:
