@@ -20,13 +20,13 @@ from fxopt.options import Setting, Settings, parse_options
 from fxopt.passes import inputs, order, state
 from fxopt.passes.context import PassContext
 from fxopt.passes.provenance import (
-    first_place,
     inner_graphs,
     module_stack,
     name_modules,
     number_nodes,
     orphans,
     stamp,
+    whole_place,
 )
 from fxopt.passes.record import GraphRecord, Recorder, Remark
 from fxopt.passes.rewriter import Rewriter, verify
@@ -149,7 +149,7 @@ def run_passes(
             for setting, _ in reach:
                 if setting.kind != "default":
                     settings.refuse_conflict(setting.technique, setting.origin)
-            path, line = first_place(gm.graph, reach[0][1])
+            path, line = whole_place(gm.graph, reach[0][1])
             record.remarks.append(Remark(name, "blocked", path, f"disable={name!r}", "FX501", line))
         elif reach:
             acting.append(name)
@@ -214,7 +214,7 @@ def run_pass(
             branch.graph = kept_branches[name]
         code = "FX902" if isinstance(error, PassError) else "FX901"
         where = next((r.path for r in context.remarks if r.path), "")
-        path, line = (where, "") if where else first_place(gm.graph, covers)
+        path, line = (where, "") if where else whole_place(gm.graph, covers)
         message = f"{type(error).__name__}: {error}"
         record.remarks.append(Remark(technique.name, "blocked", path, message, code, line))
         warn_once(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxopt.passes.provenance import first_place, module_path, source_line
+from fxopt.passes.provenance import module_path, source_line, whole_place
 from fxopt.passes.record import GraphRecord, KernelRecord, Remark
 from fxopt.passes.rewriter import Rewriter
 
@@ -88,7 +88,7 @@ class PassContext:
         path = place if isinstance(place, str) else module_path(place)
         line = source or ("" if isinstance(place, str) else source_line(place))
         if status in ("missed", "blocked") and not path:  # of the whole graph: say at least where it begins
-            path, line = first_place(self.graph, self._covers)
+            path, line = whole_place(self.graph, self._covers)
         if self.branch:
             message += f" (in the branch {self.branch})"
         self.remarks.append(Remark(self.technique, status, path, message, code, line, count))

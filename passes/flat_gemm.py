@@ -82,12 +82,12 @@ class FlatGemm(Technique):
             return
         # Before anything that costs compile time: on a CPU this is where it ends.
         if not any(_on_kernel_device(node) for node in linears):
-            message = "generated kernels need CUDA or ROCm; Inductor compiles these linears"
-            context.blocked("FX207", "", message, count=len(linears))
+            for node in linears:
+                context.blocked("FX207", node, "generated kernels need CUDA or ROCm; Inductor compiles this linear")
             return
         if context.training:
-            message = "gradients are recorded; the kernels have none"
-            context.blocked("FX205", "", message, count=len(linears))
+            for node in linears:
+                context.blocked("FX205", node, "gradients are recorded; the kernels have none")
             return
         chosen = []
         for group in plan_groups(graph, context, self.max_m):

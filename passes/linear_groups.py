@@ -29,7 +29,7 @@ from fxopt.codegen.kernels.prologue import NormMatch, PointwiseMatch, match_norm
 from fxopt.passes.adapters import find_adapters
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import written_between
-from fxopt.passes.linear_parts import POINTWISE, Part, PartFinder
+from fxopt.passes.linear_parts import MAX_STEPS, POINTWISE, Part, PartFinder
 from fxopt.passes.nodes import name_of, same, value_of
 from fxopt.passes.provenance import module_path
 
@@ -41,6 +41,13 @@ PROLOGUE_ROWS = 16
 """Rows up to which pointwise nodes before a linear go inside. Every program computes them for its own columns of the
 weights: 16 rows cost a quarter of the time that their weights take to arrive, 64 rows as much as all of it."""
 PROLOGUE_STEPS = 12
+STATISTICS = frozenset(
+    "mean sum amax amin max min norm vector_norm linalg_vector_norm linalg_norm var std var_mean std_mean prod "
+    "logsumexp softmax log_softmax normalize layer_norm rms_norm group_norm".split()
+)
+"""What makes one number of a row, or has one inside."""
+BETWEEN = POINTWISE | set("round floor ceil trunc sign fmod remainder nan_to_num log1p expm1 softplus".split())
+"""What may stand between a row statistic and a linear."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +156,14 @@ class _Planner:
 
     def _families(self) -> list[_Family]:
         found: dict[tuple[fx.Node, str], list[fx.Node]] = {}
-        too_many: dict[int, int] = {}
         linears = [n for n in linears_of(self.graph) if self.context.covers(n)]
         adapters = find_adapters(self.graph, linears)
         for node in linears:
             refusal = ("FX101", adapters[node]) if node in adapters else self._refusal(node)
             rows = rows_of(value_of(node.args[0])) if refusal is None else None
             if refusal is None and isinstance(rows, int) and rows > self.max_m:
-                too_many[rows] = too_many.get(rows, 0) + 1
+                message = f"{rows} rows, above max_m={self.max_m}: arithmetic bounds them, not weights"
+                self.context.missed("FX301", node, message)
             elif refusal is not None:
                 self.context.missed(refusal[0], node, refusal[1])
             else:
@@ -167,9 +174,6 @@ class _Planner:
         if packed := [n for n in self.graph.nodes if _is_packed(n) and self.context.covers(n)]:
             message = f"its weight is packed for {name_of(packed[0])}; kernels read float16, bfloat16 or float32"
             self.context.missed("FX201", packed[0], message, count=len(packed))
-        for rows, count in too_many.items():
-            message = f"{count} linears of {rows} rows, above max_m={self.max_m}: arithmetic bounds them, not weights"
-            self.context.missed("FX301", "", message, count=count)
         return [
             _Family(x, linears[start : start + MAX_WEIGHTS])
             for (x, _), linears in found.items()
@@ -211,7 +215,10 @@ class _Planner:
     def _norm(self, family: _Family) -> NormMatch | None:
         try:
             match = match_norm(family.x)
-        except Unsupported:
+        except Unsupported as reason:
+            if (found := self._statistic(family)) is not None:
+                message = f"the {spelling(found.target)} before it stays outside: {reason.reason}"
+                self.context.missed("FX101", family.linears[0], message)
             return None
         like, dtype = value_of(family.x), value_of(family.x).dtype
         read = [value_of(p) for p in (match.x, match.gamma, match.beta) if p is not None]
@@ -232,6 +239,21 @@ class _Planner:
                 self.context.missed("FX104", family.x, message)
                 return None
         return match
+
+    def _statistic(self, family: _Family) -> fx.Node | None:
+        """A row statistic from which only nodes that nobody else reads lead to the linears; None without one."""
+        waiting, seen = [family.x], set(family.linears)
+        while waiting and len(seen) <= MAX_STEPS:
+            node = waiting.pop(0)
+            if node in seen or any(user not in seen for user in node.users):
+                continue
+            seen.add(node)
+            name = spelling(node.target) if node.op in ("call_function", "call_method") else None
+            if name in STATISTICS:
+                return node
+            if name in BETWEEN:
+                waiting += node.all_input_nodes
+        return None
 
     def _before(self, family: _Family, claimed: set[fx.Node]) -> PointwiseMatch | None:
         root, readers = family.normed, {*family.linears, *family.norm_nodes}

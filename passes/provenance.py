@@ -7,6 +7,7 @@ AOTAutograd carries down to the ATen graph.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -148,18 +149,19 @@ def stamp(node: fx.Node, sources: Iterable[fx.Node], pass_name: str, number: int
     node.meta.setdefault("from_node", first.meta.get("from_node", []))
 
 
-def first_place(graph: fx.Graph, covers: Callable[[fx.Node], bool] | None = None) -> tuple[str, str]:
-    """(module path, source line) of the first call that has both: where a remark about a whole graph points to.
+def whole_place(graph: fx.Graph, covers: Callable[[fx.Node], bool] | None = None) -> tuple[str, str]:
+    """(module path, source line) of a remark about a whole graph: the module that holds all of it, its first line.
 
-    Of a call in a numbered layer the path is that of the container: the remark does not set its first layer apart.
+    Where only the root module does, whose path is empty, it is the first module right below the root.
     """
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output") or (covers is not None and not covers(node)):
-            continue
-        path, line = module_path(node), source_line(node)
-        if path and line:
-            return re.split(r"\.\d+(?:\.|$)", path)[0], line
-    return "", ""
+    calls = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    placed = [(path, n) for n in calls if (covers is None or covers(n)) and (path := module_path(n))]
+    if not placed:
+        return "", ""
+    pieces = [path.split(".") for path, _ in placed]
+    alike = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*pieces, strict=False))
+    shared = [names[0] for names in alike] or pieces[0][:1]
+    return ".".join(shared), next((line for _, n in placed if (line := source_line(n))), "")
 
 
 def orphans(graph: fx.Graph) -> list[fx.Node]:

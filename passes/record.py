@@ -315,6 +315,6 @@ def _argument(value: Any, names: Mapping[fx.Node, str]) -> str:
         inner = ", ".join(_argument(v, names) for v in value)
         return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
     if isinstance(value, slice):
-        ends = ("" if v is None else _argument(v, names) for v in (value.start, value.stop, value.step))
-        return ":".join(ends).rstrip(":") or ":"
+        start, stop, step = ("" if v is None else _argument(v, names) for v in (value.start, value.stop, value.step))
+        return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
     return str(value)

@@ -4,7 +4,7 @@ Four attentions run one after another in one graph, as in a model, each on a cac
 alone, called between other work, mostly measures how cold Python is.) Every peer writes the new key and value and
 attends with one new token. The peers that read the whole cache are shown at every filled length; the bound is the time
 to read the filled keys and values at the best bandwidth that a sum or a matrix-vector product over a large tensor
-reached on this machine, measured anew at each filled length.
+reached on this machine, measured anew at each filled length. On a GPU :mod:`.attention_gpu` runs instead.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ class Decode(nn.Module):
 
 def run(*, device: str = "cpu", quick: bool = False) -> Result:
     """At an eighth, a half and all of the cache; the first peer is the one the ratios refer to."""
+    if device != "cpu":
+        from fxopt.bench import attention_gpu
+
+        return attention_gpu.run(device=device, quick=quick)
     length, rounds = (1024, 5) if quick else (4096, 16)
     command = f"fxopt bench attention{' --quick' if quick else ''} --device {device}"
     result = Result("attention", command, environment(device))

@@ -5,6 +5,8 @@ cache. Before anything is timed, the tokens of every peer are compared with a fl
 the reference's token, or one whose logit lies within the rounding of bfloat16 below it. The limit is the time to read
 the weights and the filled cache once, at the bandwidth that a sum reaches on this machine.
 
+Each case is written down when it is done, so that a call after an interruption goes on.
+
 ``--quick`` tries all of it on a small model; on a CPU (without CUDA graphs) it also lists the kernels of a decoder
 layer for a GPU that is not here, see :mod:`fxopt.bench.pretend`.
 """
@@ -18,6 +20,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,8 +31,9 @@ from fxopt import gemm_tuning
 from fxopt.bench import pretend
 from fxopt.bench.attention import read_bandwidth
 from fxopt.bench.decode_step import Step, filled_cache
-from fxopt.bench.harness import Peer, Result, environment, measure, progress_bar
+from fxopt.bench.harness import Peer, Result, Row, environment, measure, progress_bar
 from fxopt.bench.models import weights_of_no_meaning
+from fxopt.bench.unfinished import Unfinished
 from fxopt.codegen.dataflow import Dataflow
 from fxopt.codegen.kernels.gemm_launch import build, workspace
 from fxopt.compiler import compile as fxopt_compile
@@ -67,44 +71,63 @@ def run(*, device: str = "cpu", quick: bool = False, count: bool = True) -> Resu
     bandwidth = read_bandwidth(device, 1 << (29 if on_gpu else 22))
     result.remarks.append(f"read bandwidth of this machine, by a sum: {bandwidth / 1e9:.1f} GB/s")
     contexts, batches = ((64, 128), (1, 2)) if quick else (CONTEXTS, BATCHES)
-    model = weights_of_no_meaning(device=device, dtype=dtype, **(QUICK if quick else FULL))
-    config: Any = model.config
+    sizes = [(batch, context) for batch in batches for context in contexts]
+    shape = QUICK if quick else FULL
+    kept = Unfinished("decode", {**result.environment, "shape": shape, "sizes": sizes, "dtype": str(dtype)})
+    model = weights_of_no_meaning(device=device, dtype=dtype, **shape)
     calls = peers_of(model, quick, on_gpu)
     rounds = 3 if quick else 20
-    sizes = [(batch, context) for batch in batches for context in contexts]
     with progress_bar("decode", rounds * len(sizes)) as tick, torch.no_grad():
-        result.remarks += check_tokens(model, calls, contexts[0], device, dtype)
+        if "tokens" not in kept:
+            kept.keep("tokens", check_tokens(model, calls, contexts[0], device, dtype))
+        result.remarks += kept.cases["tokens"]
         for batch, context in sizes:
+            name = f"batch {batch}, context {context}"
             needed = cache_bytes(model, batch, context, dtype)
-            if needed > free_bytes(on_gpu):
-                result.remarks.append(f"batch {batch}, context {context}: left out, its cache is {needed / 1e9:.0f} GB")
+            if name not in kept and needed > free_bytes(on_gpu):
+                result.remarks.append(f"{name}: left out, its cache is {needed / 1e9:.0f} GB")
                 continue
-            with one_case():
-                cache = filled_cache(config, context, batch, dtype, device)
-                steps = {
-                    name: Step(call, model, context, device, force_gqa=gqa, batch=batch, dtype=dtype, cache=cache)
-                    for name, (call, gqa) in calls.items()
-                }
-                peers = [Peer(name, functools.partial(step, context)) for name, step in steps.items()]
-                # Memory first: compiling and capturing belong to it.
-                if on_gpu and context == contexts[0]:
-                    result.remarks.append(peak_memory(model, steps, context, batch))
-                if on_gpu and (batch, context) == sizes[0]:
-                    result.remarks += counted(steps, context, config.num_hidden_layers)
-                rows = measure(f"batch {batch}, context {context}", peers, rounds=rounds, device=device, progress=tick)
-            bound = (weight_bytes(model) + needed) / bandwidth
-            for row in rows:
-                row.bound = bound
-                row.note = f"{batch / row.median:.1f} tokens/s, {bound / row.median:.0%} of the limit"
+            if name not in kept:
+                bound = (weight_bytes(model) + needed) / bandwidth
+                first = (context == contexts[0], (batch, context) == sizes[0])
+                with one_case():
+                    rows, said = measured(model, calls, batch, context, first, device, dtype, rounds, tick)
+                for row in rows:
+                    row.bound = bound
+                    row.note = f"{batch / row.median:.1f} tokens/s, {bound / row.median:.0%} of the limit"
+                kept.keep(name, {"rows": [asdict(row) for row in rows], "remarks": said})
+            rows = [Row(**row) for row in kept.cases[name]["rows"]]
             result.rows += rows
             others = {row.peer: row.ratio for row in rows[1:] if row.ratio is not None}
             best = min(others, key=others.__getitem__)
-            result.remarks.append(
-                f"batch {batch}, context {context}: {others[best]:.2f}x the best peer ({best}), {rows[0].note}"
-            )
+            result.remarks += kept.cases[name]["remarks"]
+            result.remarks.append(f"{name}: {others[best]:.2f}x the best peer ({best}), {rows[0].note}")
+    kept.done()
     if not on_gpu and count:
         result.remarks += not_here()
     return result
+
+
+def measured(
+    model: nn.Module, calls: dict[str, tuple[Callable[..., Any], bool]], batch: int, context: int,
+    first: tuple[bool, bool], device: str, dtype: torch.dtype, rounds: int, tick: Callable[[], None],
+) -> tuple[list[Row], list[str]]:  # fmt: skip
+    """Every peer on one cache; what is said beside the times: on a GPU memory, where `first` has the context's first
+    case, and kernels, where it has the first of all."""
+    cache = filled_cache(model.config, context, batch, dtype, device)
+    steps = {
+        name: Step(call, model, context, device, force_gqa=gqa, batch=batch, dtype=dtype, cache=cache)
+        for name, (call, gqa) in calls.items()
+    }
+    peers = [Peer(name, functools.partial(step, context)) for name, step in steps.items()]
+    said: list[str] = []
+    # Memory first: compiling and capturing belong to it.
+    if device == "cuda" and first[0]:
+        said.append(peak_memory(model, steps, context, batch))
+    if device == "cuda" and first[1]:
+        config: Any = model.config
+        said += counted(steps, context, config.num_hidden_layers)
+    return measure(f"batch {batch}, context {context}", peers, rounds=rounds, device=device, progress=tick), said
 
 
 def peers_of(model: nn.Module, quick: bool, on_gpu: bool) -> dict[str, tuple[Callable[..., Any], bool]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
 import math
 import pathlib
 import shutil
@@ -25,9 +24,9 @@ from typing import Any
 import torch
 
 from fxopt.bench.harness import Result, Row, environment, progress_bar, quartiles
+from fxopt.bench.unfinished import Unfinished
 from fxopt.codegen import measuring, roofline
 from fxopt.codegen.dataflow import SHIPPED, Dataflow, Entry, Table, TableKey
-from fxopt.codegen.files import write_whole
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.gemm import Config, FusedLinear, bucket
 from fxopt.codegen.kernels.gemm_launch import compile_for
@@ -126,26 +125,19 @@ class Bench:
         self, shapes: dict[str, tuple[int, int]], environment: dict[str, Any], tick: Callable[[], None]
     ) -> dict[str, Measured]:
         """Every shape, those that an earlier call finished taken from its file."""
-        path = self.folder / f"gemm-{self.key.file_name}"
         about = {**environment, "rows": list(self.rows), "autotune": self.autotune, "key": asdict(self.key)}
-        about.pop("date")
-        done: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            before = json.loads(path.read_text(encoding="utf-8"))
-            done = before["shapes"] if before["about"] == about else {}
+        kept = Unfinished("gemm", about, self.folder)
         table = Table(self.key)
         with contextlib.suppress(OSError, ValueError):
             found = Table.load(self.folder / self.key.file_name)
-            table = found if found.key == self.key and done else table
+            table = found if found.key == self.key and kept.cases else table
         for name, (n, k) in shapes.items():
-            if name not in done or (n, k) not in table.entries:
+            if name not in kept or (n, k) not in table.entries:
                 measured, table.entries[n, k] = self.shape(residual_group(n, k, self.dtype))
-                done[name] = asdict(measured)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(path, json.dumps({"about": about, "shapes": done}))
+                kept.keep(name, asdict(measured))
                 table.save(self.folder / self.key.file_name)
             tick()
-        return {name: Measured.of(done[name]) for name in shapes}
+        return {name: Measured.of(kept.cases[name]) for name in shapes}
 
     def shape(self, fused: FusedLinear) -> tuple[Measured, Entry]:
         """One [N, K] at every number of rows."""

@@ -23,13 +23,16 @@ closed before its end (what a shell says of ``head``)."""
 def inspect(
     context: typer.Context,
     source: Annotated[
-        str | None, typer.Argument(help="A saved report (.json) or a script (.py); for numerics, a model too.")
+        str | None,
+        typer.Argument(help="A saved report (.json) or a script (.py); numerics also take a model, explain a code."),
     ] = None,
     view: Annotated[str, typer.Option(help=", ".join(VIEWS) + ".")] = "summary",
     technique: Annotated[str, typer.Option(help="For why.")] = "",
     path: Annotated[str, typer.Option(help="For why: a module path.")] = "",
-    other: Annotated[pathlib.Path | None, typer.Option(help="For diff: the second report.")] = None,
-    code: Annotated[str, typer.Option(help="For explain: a reason code.")] = "",
+    other: Annotated[
+        pathlib.Path | None, typer.Option(help="For diff: the second report; it may also follow the first.")
+    ] = None,
+    code: Annotated[str, typer.Option(help="For explain: a reason code; it may also stand alone.")] = "",
     graph: Annotated[int, typer.Option(help="For stages and repro: number of the graph, 0 is the first.")] = 0,
     stage: Annotated[int, typer.Option(help="For repro: the stage, -1 is the last. For stages: the later one.")] = -1,
     since: Annotated[int, typer.Option(help="For stages: the earlier one, 0 is the captured graph.")] = 0,
@@ -58,7 +61,7 @@ def inspect(
         _fail(f"there is no view {view!r}: {', '.join(VIEWS)}.")
     try:
         if view == "explain":
-            _show(views.explain(code), as_json)
+            _show(views.explain(code or source or ""), as_json)
             return
         if view == "numerics":
             numbers = _numerics(source, context.args, set_, passes, compiled)
@@ -69,6 +72,8 @@ def inspect(
         if profile and not (source or "").endswith(".py"):
             _fail("--profile measures while a script runs: fxopt inspect --profile -- script.py args")
         with _recording("full" if view == "repro" else ""), measuring() if profile else nullcontext():
+            if view == "diff" and other is None and len(context.args) == 1:
+                other = pathlib.Path(context.args.pop())
             report = _report(source, context.args)
         # Saved before it is shown: a view that cannot be made must not lose what a script compiled.
         if save is not None:
@@ -84,7 +89,7 @@ def inspect(
             shown = views.kernels(report)
         elif view == "diff":
             if other is None:
-                _fail("diff needs --other REPORT.json")
+                _fail("diff needs two reports: fxopt inspect --view diff before.json after.json")
             shown = views.diff(report, views.load(other))  # type: ignore[arg-type]
         elif view == "stages":
             shown = views.diff_stages(*views.stages(report, graph, since, stage))
@@ -114,7 +119,11 @@ def _report(source: str | None, args: list[str]) -> Any:
     if source is None:
         _fail("inspect needs a saved report, or a script after --: fxopt inspect -- script.py args")
     assert source is not None
-    return views.run_script(source, args) if source.endswith(".py") else views.load(source)
+    if source.endswith(".py"):
+        return views.run_script(source, args)
+    if args:
+        _fail(f"{' '.join(args)!r} is one report too many; two are for --view diff.")
+    return views.load(source)
 
 
 def _numerics(source: str | None, args: list[str], settings: list[str] | None, passes: str, compiled: bool) -> Any:

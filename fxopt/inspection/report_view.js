@@ -18,7 +18,8 @@ function el(tag, props, ...children) {
 const String_ = c => (c instanceof Node ? c : document.createTextNode(String(c)));
 const link = (hash, text, cls) => el("a" + (cls ? "." + cls : ""), { href: "#" + encodeURI(hash) }, text);
 const number = n => Number(n).toLocaleString("en-US");
-const time = s => (s >= 1 ? `${s.toFixed(2)} s` : s >= 0.001 ? `${(s * 1000).toFixed(1)} ms` : `${Math.round(s * 1e6)} µs`);
+const time = s => (s >= 1 ? `${s.toFixed(2)} s` : s >= 0.001 ? `${(s * 1000).toFixed(1)} ms`
+  : s >= 1e-5 ? `${Math.round(s * 1e6)} µs` : s >= 1e-6 ? `${(s * 1e6).toFixed(1)} µs` : s > 0 ? `${Math.round(s * 1e9)} ns` : "0");
 const plural = (n, word) => `${number(n)} ${word}${n === 1 ? "" : word.endsWith("s") ? "es" : "s"}`;
 const badge = status => el("span.badge." + status, {}, `${MARKS[status]} ${WORDS[status]}`);
 
@@ -68,7 +69,7 @@ function stripBlock(graph) {
   if (!asked.length) return el("div.block", {}, el("p.quiet", {}, "No technique was asked for; Inductor compiled the graph as captured."));
   return el("div.block.strips", {}, graph.strips.map(strip => stripOf(graph, strip)),
     el("p.legend", {}, ["applied", "missed", "blocked", "analysis"].map(s => badge(s)),
-      el("span.quiet", {}, "= exact   ~ approximate   empty: the setting does not name this layer")));
+      el("span.quiet", {}, "= exact   ~ approximate   empty: nothing there that it rewrites, or the setting does not name the layer")));
 }
 
 function stripOf(graph, strip) {

@@ -65,6 +65,8 @@ def load(path: str | os.PathLike[str]) -> Report:
 
     try:
         data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no report {str(path)!r}") from None
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} is no JSON report (truncated?): {str(error)[:200]}") from None
     try:
@@ -146,6 +148,8 @@ def why(report: Report, technique: str, module_path: str = "") -> View:
 
 def explain(code: str) -> View:
     """A reason code in words. Raises SettingError for one that does not exist."""
+    if not code.strip():
+        raise SettingError("explain needs a reason code: fxopt inspect --view explain FX104")
     found = reasons.REASONS.get(code.strip().upper())
     if found is None:
         raise SettingError(
@@ -178,7 +182,7 @@ def reason_page() -> str:
         "# Reason codes",
         "",
         "Every place a pass looked at and did not rewrite has one of these codes in its remark. `fxopt inspect --view "
-        "explain --code FX104` prints one; `fxopt.report().why(technique, module_path)` says which one it was, where, "
+        "explain FX104` prints one; `fxopt.report().why(technique, module_path)` says which one it was, where, "
         "and what to change.",
         "",
         "This page is `fxopt.inspection.views.reason_page()`, made of `passes/reasons.py`; a test compares the two.",

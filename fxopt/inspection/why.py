@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MOST = 4
 """Outcomes told in one paragraph; the others are counted."""
+WHOLE = ("FX501", "FX901", "FX902")
+"""Codes of remarks about everything a technique would have done in a graph, wherever they point to."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _findings(graphs: tuple[GraphRecord, ...], technique: str, path: str) -> tup
     merged: dict[tuple[str, str, str, str, str], tuple[list[str], int]] = {}
     for graph in graphs:
         for remark in graph.remarks:
-            if remark.technique != technique or not _concerns(remark, path):
+            if remark.technique != technique or not (remark.code in WHOLE or _concerns(remark, path)):
                 continue
             source = remark.source or places.source_of(graph, remark.path or path)
             key = (remark.status, remark.path, remark.message, remark.code, source)
@@ -120,9 +122,9 @@ def _findings(graphs: tuple[GraphRecord, ...], technique: str, path: str) -> tup
         for (status, at, message, code, source), (seen, count) in merged.items()
     ]
     # A place that was rewritten answers first; otherwise the rule or the difference does. Nearer places come first.
-    exact = any(f.path == path for f in findings)
+    exact = any(f.path == path and f.code not in WHOLE for f in findings)
     if path:
-        findings = [f for f in findings if not exact or f.path == path or f.path.startswith(f"{path}.")]
+        findings = [f for f in findings if not exact or places.within(f.path, path)]
         order = {"applied": 0, "blocked": 1, "missed": 2, "analysis": 3}
     else:
         order = _RANK
@@ -162,15 +164,33 @@ def paragraph(answer: Answer) -> str:
         return _absent(answer, place)
     if not answer.path:
         return _everywhere(answer)
-    sentences = [_sentence(name, finding, first=i == 0) for i, finding in enumerate(answer.findings[:MOST])]
-    if len(answer.findings) > MOST:
-        sentences.append(f"{len(answer.findings) - MOST} more remarks at {place}.")
+    alike = _alike(answer.findings)
+    sentences, told = [], {""}
+    for i, finding in enumerate(alike[:MOST]):
+        sentences.append(_sentence(name, finding, first=i == 0, rule=finding.code not in told))
+        told.add(finding.code)
+    if len(alike) > MOST:
+        sentences.append(f"{sum(f.count for f in alike[MOST:])} more remarks at {place}.")
     if answer.settings and answer.status == "applied":
         sentences.append(f"Set by: {'; '.join(answer.settings)}.")
     return " ".join(sentences)
 
 
-def _sentence(name: str, finding: Finding, *, first: bool) -> str:
+def _alike(findings: tuple[Finding, ...]) -> list[Finding]:
+    """Findings that differ in nothing but their place, as one that names the first two places."""
+    groups: dict[tuple[object, ...], list[Finding]] = {}
+    for f in findings:
+        groups.setdefault((f.status, f.message, f.code, f.graphs), []).append(f)
+    merged = []
+    for same in groups.values():
+        paths = list(dict.fromkeys(f.path for f in same))
+        more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
+        count = sum(f.count for f in same) if len(paths) == 1 else 1
+        merged.append(dataclasses.replace(same[0], path=", ".join(paths[:2]) + more, count=count))
+    return merged
+
+
+def _sentence(name: str, finding: Finding, *, first: bool, rule: bool = True) -> str:
     where = finding.path or "the whole graph"
     count = f" ({finding.count} places)" if finding.count > 1 else ""
     graphs = ", ".join(finding.graphs[:MOST]) + (", ..." if len(finding.graphs) > MOST else "")
@@ -183,11 +203,11 @@ def _sentence(name: str, finding: Finding, *, first: bool) -> str:
     }[finding.status]
     text = f"{verb} {where}{count} in graph {graphs}: {finding.message}"
     text = text if text.endswith(".") else f"{text}."
-    if finding.rule:
+    if finding.rule and rule:
         text += f" The rule is {finding.rule}"
     if finding.source:
         text += f" The code is at {finding.source}."
-    if finding.advice:
+    if finding.advice and rule:
         text += f" What to change: {finding.advice}"
     return text
 
@@ -224,4 +244,9 @@ def _absent(answer: Answer, place: str) -> str:
         )
         elsewhere = f" It acted at {shown}."
     setting = f" The setting is {'; '.join(answer.settings)}." if answer.settings else ""
-    return f"{name} left {place} as it is: its setting does not name this place.{setting}{elsewhere}{at}"
+    technique = Technique.registry.get(name)
+    general = all(s.endswith(("(default)", "(options)")) for s in answer.settings)
+    cause = "there is nothing there that it rewrites"
+    if technique is None or not technique.exact or not general:  # such a setting may be for some layers only
+        cause = f"its setting does not name this place, or {cause}"
+    return f"{name} left {place} as it is: {cause}.{setting}{elsewhere}{at}"

@@ -23,9 +23,10 @@ def model():
 
 
 @pytest.fixture
-def eager_peers(monkeypatch):
+def eager_peers(monkeypatch, tmp_path):
     """Every peer runs the model as it stands: the suite is the subject, not what compilers make of the model."""
     monkeypatch.setattr(decode, "QUICK", TINY)
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(tmp_path))
 
     def peers(model, quick, on_gpu):
         return {name: (model.forward, False) for name in ("fxopt", "eager", "inductor default")}
@@ -45,6 +46,36 @@ def test_the_suite_measures_every_batch_and_context(eager_peers, tmp_path):
     pytest.importorskip("matplotlib")
     draw("decode", result, tmp_path / "tokens.svg")
     assert (tmp_path / "tokens.svg").stat().st_size > 1000
+
+
+def test_a_call_after_an_interruption_goes_on(eager_peers, monkeypatch):
+    measured, checked, asked, room = decode.measured, decode.check_tokens, [], [2]
+
+    def counting(model, calls, batch, context, *more):
+        asked.append((batch, context))
+        if len(asked) > room[0]:
+            raise KeyboardInterrupt
+        return measured(model, calls, batch, context, *more)
+
+    def tokens(*arguments):
+        asked.append("tokens")
+        room[0] += 1
+        return checked(*arguments)
+
+    monkeypatch.setattr(decode, "measured", counting)
+    monkeypatch.setattr(decode, "check_tokens", tokens)
+    with pytest.raises(KeyboardInterrupt):
+        decode.run(quick=True, count=False)
+    assert asked == ["tokens", (1, 64), (1, 128), (2, 64)]
+    asked.clear()
+    result = decode.run(quick=True, count=False)
+    assert asked == [(2, 64), (2, 128)] and len(result.rows) == 4 * 3
+    assert [row.case for row in result.rows[:2]] == ["batch 1, context 64"] * 2 and result.rows[0].bound > 0
+    assert any(remark.startswith("tokens against float32") for remark in result.remarks)
+    asked.clear()
+    room[0] = 9
+    decode.run(quick=True, count=False)
+    assert asked[0] == "tokens" and len(asked) == 5, "what was finished is measured again when asked again"
 
 
 @pytest.mark.slow

@@ -61,9 +61,17 @@ def test_exit_codes(run, made_up, tmp_path):
     missed = run(path, "--expect", "async_softmax>=32")
     assert missed.exit_code == 1 and "found 3 applied" in missed.output
     for arguments in ((path, "--view", "y"), (path, "--view", "why"), (tmp_path / "no.json",), (),
-                      (path, "--view", "stages", "--graph", "7"), (path, "--profile"),
+                      (path, "--view", "stages", "--graph", "7"), (path, "--profile"), (path, path),
+                      ("--view", "diff", path), ("--view", "explain"),
                       (path, "--view", "numerics")):  # fmt: skip
         assert run(*arguments).exit_code == 2, arguments
+
+
+def test_a_code_and_a_second_report_may_stand_alone(run, made_up, tmp_path):
+    path = made_up(layers=4).to_json(tmp_path / "r.json")
+    assert run("--view", "explain", "fx104").output.startswith("FX104 used elsewhere")
+    assert run("--view", "diff", path, made_up(layers=5).to_json(tmp_path / "s.json")).output.startswith("graph 0/0")
+    assert "there is no report" in run(tmp_path / "no.json").output
 
 
 def test_a_failing_script_is_shown_saved_and_code_3(run, eager_lowering, script, tmp_path):

@@ -59,6 +59,33 @@ def test_why_of_a_place_the_setting_does_not_name(made_up):
     assert "left model.layers.8 as it is" in text and "It acted at model.layers.7" in text
 
 
+def test_why_of_places_that_are_refused_alike_is_one_sentence(made_up):
+    report = made_up(layers=2)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        report.graphs[0].remarks.append(Remark("flat_gemm", "blocked", f"model.layers.1.mlp.{name}", "a CPU", "FX207"))
+    text = report.why("flat_gemm", "layers.1.mlp")
+    places = "model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj and 1 more"
+    assert f"was not allowed at {places} in graph" in text
+    assert text.count("a CPU") == text.count("The rule is FX207") == 1
+
+
+def test_what_is_switched_off_answers_for_every_place(eager_lowering):
+    model = fxopt.compile(TINY["handwritten"](), disable=("flat_gemm",))
+    with torch.no_grad():
+        model(torch.tensor([[5, 17, 3, 99]]))
+    for path in ("layers.1.up", "head"):
+        assert "disable='flat_gemm'" in fxopt.report(model).why("flat_gemm", path)
+
+
+def test_why_of_a_place_with_nothing_to_rewrite(eager_lowering):
+    model = fxopt.compile(TINY["handwritten"](), fxopt.LayerSkip(skip=(1,)))
+    with torch.no_grad():
+        model(torch.tensor([[5, 17, 3, 99]]))
+    report = fxopt.report(model)
+    assert "as it is: there is nothing there that it rewrites" in report.why("gqa_packing", "head")
+    assert "as it is: its setting does not name this place" in report.why("layer_skip", "layers.2")
+
+
 @pytest.mark.parametrize(
     ("given", "meant"),
     [

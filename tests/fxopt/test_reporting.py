@@ -14,7 +14,7 @@ import fxopt
 from fxopt import LayerSkip, Report
 from fxopt.passes.provenance import orphans
 from fxopt.passes.reasons import REASONS
-from fxopt.passes.record import Remark
+from fxopt.passes.record import Remark, node_rows
 from fxopt.testing import TINY
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8, 61]])
@@ -47,6 +47,12 @@ def test_stages_hold_the_graph_before_and_after(report):
     assert any(row.module == "layers.1.norm1" for row in before)
     assert not any(row.module == "layers.1.norm1" for row in after if row.op != "placeholder")
     assert {row.id for row in after} <= {row.id for row in before}
+
+
+def test_slices_are_written_as_in_python():
+    graph = torch.fx.symbolic_trace(lambda x: x[..., 4:] + x[:4, ::2] + x[:, 1:3] + x[1:8:2]).graph
+    written = [row.args for row in node_rows(graph) if row.target == "getitem"]
+    assert written == ["x, (Ellipsis, 4:)", "x, (:4, ::2)", "x, (:, 1:3)", "x, 1:8:2"]
 
 
 def test_every_row_has_a_place(report):
