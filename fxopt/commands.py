@@ -216,11 +216,14 @@ def evaluate(
         table.plot(plot)
 
 
+PARTS = "For early_exit: model, vocabulary or tuned; for mixture_of_depths: forward, training or decoding."
+
+
 @app.command(help=COMMANDS["bench"])
 def bench(
     suite: Annotated[str, typer.Argument(help=f"One of {', '.join(SUITES)}.")],
     technique: Annotated[str, typer.Option(help="For depth: the technique to measure.")] = "layer_skip",
-    part: Annotated[str | None, typer.Option(help="For mixture_of_depths: forward, training or decoding.")] = None,
+    part: Annotated[str | None, typer.Option(help=PARTS)] = None,
     device: Device = "cpu",
     quick: Quick = False,
     keep: Annotated[bool, typer.Option(help="Keep the result among the committed ones.")] = False,
@@ -232,7 +235,7 @@ def bench(
     if suite not in SUITES:
         fail(f"there is no suite {suite!r}; suites: {', '.join(SUITES)}.")
     if part is not None and suite != "depth":
-        fail(f"suite {suite!r} has no parts; --part goes with depth --technique mixture_of_depths.")
+        fail(f"suite {suite!r} has no parts; --part goes with depth --technique early_exit or mixture_of_depths.")
     options: dict[str, Any] = {"technique": technique, "part": part} if suite == "depth" else {}
     try:
         result = load_suite(suite)(device=device, quick=quick, **options)

@@ -176,7 +176,20 @@ class _Compactor:
             if self._fits(depth.value(node), depth.value(made)):
                 return made
             self.rewriter.graph.erase_node(made)
+        if name_of(node) == "linear" and dims > 2 and not kwargs:
+            return self._flat_linear(node, args)
         raise RegionError("FX204", node, f"{node.name} cannot be computed for fewer rows of the batch: {failure}")
+
+    def _flat_linear(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node:
+        """A linear on a matrix of all positions: torch 2.11 asks one of three dimensions for the number of its rows."""
+        given = depth.value(args[0])
+        flat = self._make("method", "reshape", (args[0], (-1, given.shape[-1])))
+        product = self._make("function", node.target, (flat, *args[1:]))
+        sizes = [self._make("function", torch.ops.aten.sym_size.int, (args[0], dim)) for dim in range(given.ndim - 1)]
+        made = self._make("method", "reshape", (product, (*sizes, depth.value(product).shape[-1])))
+        if not self._fits(depth.value(node), depth.value(made)):
+            raise RegionError("FX204", node, f"{node.name} cannot be computed for fewer rows: another shape")
+        return made
 
     def _undo(self) -> None:
         last = self.place.prev

@@ -178,7 +178,7 @@ class EarlyExit(Technique):
         own: OwnModules = getattr(self, "_own", OwnModules())
         if self.needs_modules and not hasattr(self, "_own"):
             context.blocked(
-                "FX505", stack.path, "modules and lists of its own are found by fxopt.compile(model, EarlyExit(...))"
+                "FX506", stack.path, "heads, classifiers and lists are found by fxopt.compile(model, EarlyExit(...))"
             )
             return
         try:

@@ -20,6 +20,7 @@ from fxopt.passes.exit_check import Check, Checker, Head
 from fxopt.passes.exit_cost import ExitCost, exit_cost, weight_bytes
 from fxopt.passes.exit_modules import OwnModules
 from fxopt.passes.exit_region import RegionError, defer_writes, exit_nodes, find_region, insert_cond, outline
+from fxopt.passes.frozen_attention import attend_for_rows_left
 from fxopt.passes.layers import Layer, Stack
 from fxopt.passes.rewriter import Rewriter
 
@@ -39,6 +40,8 @@ def insert_exits(
     stream = [layers[0].input, *(layer.output for layer in layers)]
     steps = _steps(layers, stream)
     first = setting.layers[0]
+    # Asked while the layers are as they were captured: writes that move and rows that are held hide them.
+    cached = {index for index, layer in enumerate(layers) if cache_rows.new_rows(layer)}
     trial = find_region(graph, layers[first - 1].output, (), ())
     exit_nodes(trial, _identity(steps, first), layers)
     # Exits nest, and a cond inside a branch may not write in any version of torch: it is functionalised without the
@@ -53,7 +56,7 @@ def insert_exits(
         checks.append(checker.insert(number, stream[n], stream[n - 1], checks[-1] if checks else None))
         if setting.rows == "each":
             until = setting.layers[number + 1] if number + 1 < len(setting.layers) else len(layers)
-            within |= _hold(range(n, until), checks[-1].exited, stack, stream, steps, context)
+            within |= _hold(range(n, until), cached, checks[-1].exited, stack, stream, steps, context)
     kept_logits = _keep_logits(setting, head, own, checker, checks, stream) if setting.rows == "each" else {}
     output = next(iter(graph.find_nodes(op="output")))
     output.args = ((*_results(output), checks[-1].level),)  # until the branches have joined
@@ -146,17 +149,18 @@ def _identity(steps: dict[int, tuple[int, fx.Node, fx.Node]], start: int) -> dic
 
 
 def _hold(
-    indices: range, exited: fx.Node, stack: Stack, stream: list[fx.Node],
+    indices: range, cached: set[int], exited: fx.Node, stack: Stack, stream: list[fx.Node],
     steps: dict[int, tuple[int, fx.Node, fx.Node]], context: PassContext,
 ) -> set[fx.Node]:  # fmt: skip
     """Let rows that have exited keep their state through the layers of `indices`; returns nodes of the region after it.
 
-    Layers without a cache run on the rows that are left. With one they run on all: each row owes every cache an entry.
+    Layers without a cache run on the rows that are left. Those of `cached` run on all, because each row owes every
+    cache an entry, but for their attention.
     """
     layers, rewriter = stack.layers, context.rewriter
     first, until = indices.start, indices.stop
     alone = depth.value(stream[first]).shape[0] == 1
-    if not alone and not any(cache_rows.new_rows(layers[index]) for index in indices):
+    if not alone and cached.isdisjoint(indices):
         place = exited.next
         keep = rewriter.call(torch.logical_not, (exited,), like=exited, before=place)
         try:
@@ -170,6 +174,8 @@ def _hold(
             steps[first] = (until, stream[first], done.end)
             stream[until] = done.end
             return {keep, *done.nodes}
+    if not alone:
+        attend_for_rows_left([layers[index] for index in indices], exited, context)
     for index in indices:
         stream[index + 1] = _freeze(layers[index].output, stream[first], exited, rewriter)
         steps[index] = (index + 1, stream[index], stream[index + 1])

@@ -232,7 +232,7 @@ class LayerSkip(Technique):
         if callable(self.router):
             routers = {layer.index: self.router for layer in stack.layers}
         if not routers:
-            context.blocked("FX505", stack.path, "routers are found by fxopt.compile(model, LayerSkip(router=...))")
+            context.blocked("FX506", stack.path, "routers are found by fxopt.compile(model, LayerSkip(router=...))")
         elif depth.is_partial(stack, context.graph):
             context.blocked("FX105", stack.path, "only some layers of the stack are in this graph")
         else:

@@ -170,6 +170,12 @@ _ALL = (
         "An index of the setting names a layer that is not in this graph.",
         "A graph break may hold the other layers; see TORCH_LOGS=graph_breaks.",
     ),
+    Reason(
+        "FX506",
+        "needs the whole model",
+        "The setting names modules of a model or files by their paths, and a graph alone does not hold them.",
+        "Hand the whole model and the technique to fxopt.compile(model, technique).",
+    ),
     # FX6xx: the environment and the road to the backend.
     Reason(
         "FX601",

@@ -146,6 +146,12 @@ class Rewriter:
         node.meta["example_value"] = self._value(node)
         self.changed = True
 
+    def set_keyword(self, node: fx.Node, name: str, value: Any) -> None:
+        """Change one keyword argument and compute the node's value again."""
+        node.update_kwarg(name, value)
+        node.meta["example_value"] = self._value(node)
+        self.changed = True
+
     def erase(self, nodes: Iterable[fx.Node]) -> int:
         """Erase those of `nodes` that nobody reads, last first; returns how many went."""
         position = {n: i for i, n in enumerate(self.graph.nodes)}

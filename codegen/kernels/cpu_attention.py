@@ -29,8 +29,8 @@ STORED = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 """Dtypes of query, key and value, and the C++ type of an element."""
 
 _ABSENT, _SEEN, _BIAS = 0, 1, 2
-_TENSORS = ("query", "key", "value", "seen", "bias", "sinks", "out", "scratch")
-_INTEGERS = 21
+_TENSORS = ("query", "key", "value", "seen", "bias", "sinks", "ends", "out", "scratch")
+_INTEGERS = 22
 Sizes = tuple[int, ...]
 
 
@@ -117,14 +117,18 @@ def run(
     )
     if call is None:
         return None
+    ends = None
+    if extent is not None and extent.ndim:
+        ends = extent.to(torch.int64).contiguous()
+        extent = ends.amax()
     length = call.length if extent is None else max(1, min(int(extent), call.length))
     # The kernel writes all that it reads. Where something is absent it gets this in its place and does not look.
     scratch = torch.empty(call.split_floats * (-(-length // SPLIT)))
     out = query.new_empty(call.out_shape)
     call.kernel(
         query, key, value, mask if call.mask_kind == _SEEN else scratch, mask if call.mask_kind == _BIAS else scratch,
-        scratch if sinks is None else sinks.float().contiguous(), out, scratch,
-        *call.sizes, length, *call.steps, torch.get_num_threads(), scale, soft_cap or 1.0,
+        scratch if sinks is None else sinks.float().contiguous(), scratch if ends is None else ends, out, scratch,
+        *call.sizes, length, *call.steps, int(ends is not None), torch.get_num_threads(), scale, soft_cap or 1.0,
     )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -183,7 +187,7 @@ def _call(
 def compiled(variant: CpuAttention) -> Callable[..., Any] | None:
     """The kernel of a variant; None, with one warning, where there is no compiler that can build it."""
     stored = STORED[variant.dtype]
-    types = {"seen": "bool", "bias": "float", "sinks": "float", "scratch": "float"}
+    types = {"seen": "bool", "bias": "float", "sinks": "float", "ends": "int64_t", "scratch": "float"}
     pointers = [f"{'' if n in ('out', 'scratch') else 'const '}{types.get(n, stored)}*" for n in _TENSORS]
     try:
         return compat.cpp_function([*pointers, *["int64_t"] * _INTEGERS, "float", "float"], source(variant))

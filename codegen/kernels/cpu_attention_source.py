@@ -121,10 +121,10 @@ static inline Vec capped(Vec x, float cap) {  // cap * tanh(x / cap)
 
 BODY = HELPERS + """\
 void kernel(const Stored* query, const Stored* key, const Stored* value, const bool* seen, const float* bias,
-            const float* sinks, Stored* out, float* scratch, int64_t batch, int64_t kv_heads, int64_t group,
-            int64_t tokens, int64_t length, int64_t qb, int64_t qh, int64_t qt, int64_t kb, int64_t kh, int64_t ks,
-            int64_t vb, int64_t vh, int64_t vs, int64_t mb, int64_t mh, int64_t mt, int64_t mk, int64_t mask_kind,
-            int64_t has_sinks, int64_t threads, float scale, float cap) {
+            const float* sinks, const int64_t* ends, Stored* out, float* scratch, int64_t batch, int64_t kv_heads,
+            int64_t group, int64_t tokens, int64_t length, int64_t qb, int64_t qh, int64_t qt, int64_t kb, int64_t kh,
+            int64_t ks, int64_t vb, int64_t vh, int64_t vs, int64_t mb, int64_t mh, int64_t mt, int64_t mk,
+            int64_t mask_kind, int64_t has_sinks, int64_t has_ends, int64_t threads, float scale, float cap) {
   const int64_t rows = group * tokens, splits = (length + SPLIT - 1) / SPLIT, tasks = batch * kv_heads * splits;
   const int64_t part_size = rows * (DV + 2);  // numerators [rows, DV], maxima [rows], denominators [rows]
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1)
@@ -137,7 +137,8 @@ void kernel(const Stored* query, const Stored* key, const Stored* value, const b
       top[r] = LOWEST;
       total[r] = 0.0f;
     }
-    const int64_t end = std::min<int64_t>(length, (split + 1) * SPLIT);
+    // A row that ends at 0 reads nothing.
+    const int64_t end = std::min<int64_t>(has_ends ? std::min(ends[b], length) : length, (split + 1) * SPLIT);
     for (int64_t start = split * SPLIT; start < end; start += BLOCK) {
       const int n = std::min<int64_t>(BLOCK, end - start);
       const Stored* const keys = key + b * kb + head * kh + start * ks;

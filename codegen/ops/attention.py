@@ -12,13 +12,16 @@
 
 A row with nothing unmasked is zero, as in ``scaled_dot_product_attention``. ``extent`` (0-d int64) is a promise: at and
 beyond that position every key is masked in every row that has anything unmasked, so nobody needs to read it.
-:func:`read_extent` derives it from a mask.
+:func:`read_extent` derives it from a mask. As [B] it is that promise for each row of the batch, and a row of extent 0
+is zero: it attends to nothing.
 
 :func:`attention` is the meaning, and what runs wherever no kernel does. On a CPU a step of few new tokens runs in
 generated C++ (:mod:`fxopt.codegen.kernels.cpu_attention`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +68,15 @@ def attention(
     group = heads // kv_heads
     if value.shape[2] != length:  # the library's kernel would read past the end
         raise RuntimeError(f"fxopt.attention: {length} keys and {value.shape[2]} values; there must be as many.")
+    options = {"scale": scale, "is_causal": is_causal, "soft_cap": soft_cap, "window": window}
     # Reading a device's value here would stop the host in every layer; there the kernel reads it.
+    if extent is not None and extent.ndim and extent.device.type != "cpu":
+        out = attention(query, key, value, mask, None, sinks, **options)  # type: ignore[arg-type]
+        return torch.where(extent.reshape(-1, 1, 1, 1) > 0, out, 0)
     if extent is not None and extent.device.type == "cpu":
-        filled = max(1, min(int(extent.item()), length))
+        if extent.ndim and not bool((extent > 0).all()):
+            return _row_by_row(query, key, value, mask, extent, sinks, options)
+        filled = max(1, min(int(extent.amax()), length))
         key, value = key.narrow(2, 0, filled), value.narrow(2, 0, filled)
         if mask is not None and mask.shape[-1] == length:
             mask = mask.narrow(-1, 0, filled)
@@ -95,6 +104,23 @@ def attention(
         # Through one dimension, as in _laid_out; what is left of a copy is one.
         return out.reshape(-1).view(batch, 1, heads, value.shape[3]).transpose(1, 2)
     return _laid_out(out.reshape(batch, heads, tokens, -1))
+
+
+def _row_by_row(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extent: Tensor, sinks: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The rows of a batch that attend to anything, one by one and each up to its extent; zero for the others."""
+    batch, heads, tokens, _ = query.shape
+    out = query.new_zeros(batch, tokens, heads, value.shape[3]).transpose(1, 2)
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+        mask = mask.expand(batch, -1, -1, -1)
+    for row in extent.nonzero().flatten().tolist():
+        own = slice(row, row + 1)
+        seen = None if mask is None else mask[own]
+        out[own] = attention(query[own], key[own], value[own], seen, extent[row], sinks, **options)
+    return out
 
 
 def _in_blocks(

@@ -21,13 +21,14 @@ from fxopt.passes.layer_skip import LayerSkip
 
 SUITES = {"early_exit": "exits", "router": "routed", "mixture_of_depths": "mixture"}
 """Modules of the other depth techniques' suites."""
+IN_PARTS = ("early_exit", "mixture_of_depths")
 PEERS = ("deleted, inductor", "fxopt layer_skip", "full, inductor")
 
 
 def run(*, device: str = "cpu", quick: bool = False, technique: str = "layer_skip", part: str | None = None) -> Result:
     """Prefill of 512 tokens and a decode step, every second layer skipped, against the deleted model under Inductor."""
-    if part is not None and technique != "mixture_of_depths":
-        raise ValueError(f"the suite of {technique!r} has no parts; that of 'mixture_of_depths' has.")
+    if part is not None and technique not in IN_PARTS:
+        raise ValueError(f"the suite of {technique!r} has no parts; those of {' and '.join(IN_PARTS)} have.")
     if technique in SUITES:
         parts = {} if part is None else {"part": part}
         suite = importlib.import_module(f"fxopt.bench.{SUITES[technique]}")

@@ -1,12 +1,14 @@
 """``fxopt bench depth --technique early_exit``: what an exit costs when it is not taken, and saves when it is.
 
-A decode step of the shipped model and of a Llama of width 768 with a vocabulary of 128,256, both of 12 layers. The
-first peer of each case is the model compiled without the technique. ``never`` exits have a threshold below 1 that
-nothing reaches; their bound is that model plus the check, as ``fxopt.plan`` prints its cost. The bound of an exit that
-is always taken is the model whose layers were deleted, plus the cache rows that the policy still writes.
+Parts ``model`` and ``vocabulary``: a decode step of the shipped model, and of a Llama of width 768 with a vocabulary of
+128,256; both of 12 layers. The first peer of each case is the model compiled without the technique. ``never`` exits
+have a threshold below 1 that nothing reaches; their bound is that model plus the check, as ``fxopt.plan`` prints its
+cost. The bound of an exit that is always taken is the model whose layers were deleted, plus the cache rows that the
+policy still writes.
 
-For the shipped model, steps through real text with the thresholds that ``fxopt bench exit_quality --keep`` left: what
-the layers that ran, the rows that were propagated and the checks cost by the other measurements, over the time taken.
+Part ``tuned``: the shipped model's steps through real text with the thresholds that ``fxopt bench exit_quality --keep``
+left. What the layers that ran, the rows that were propagated and the checks cost by other measurements of the same run,
+over the time taken.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ GOALS = {"never, state": 1.03, "never, max": 1.03, "always, propagate": 1.05, "a
 EFFICIENCY = 0.9
 """Asked of tuned exits: predicted over measured time, at least."""
 STEPS = 24
+PARTS = {"model": "tinylm", "vocabulary": "vocabulary", "tuned": "tinylm"}
+"""Each is kept as a suite of its own; the model that it measures."""
+SINGLE = ("plain", "truncated", "propagation", "one check")
+"""Peers whose times make up what a tuned exit is predicted to take."""
 
 
 class Propagation(nn.Module):
@@ -102,24 +108,34 @@ class HeadCheck(nn.Module):
 
 
 def run(
-    *, device: str = "cpu", quick: bool = False, models: Sequence[str] = ("tinylm", "vocabulary"),
-    batches: Sequence[int] = (1, 8), rounds: int = 200,
+    *, device: str = "cpu", quick: bool = False, part: str | None = None, batches: Sequence[int] = (1, 8),
+    rounds: int = 120,
 ) -> Result:  # fmt: skip
-    """Never and always at the middle exit, batch 1 and 8, beside the plain and the truncated model."""
+    """Batch 1 and 8; a part alone is kept as a suite of its own. Raises ValueError for a part that there is not.
+
+    ``quick`` measures a small model in the place of the one of each part.
+    """
+    if part is not None and part not in PARTS:
+        raise ValueError(f"early_exit has no part {part!r}; parts: {', '.join(PARTS)}.")
     if quick:
-        models, batches, rounds = ("small",), (1,), 5
-    command = f"fxopt bench depth --technique early_exit{' --quick' if quick else ''} --device {device}"
-    result = Result("exits", command, environment(device))
-    steps = len(models) * len(batches)
+        batches, rounds = (1,), 5
+    options = f"{f' --part {part}' if part else ''}{' --quick' if quick else ''} --device {device}"
+    result = Result(
+        f"exits_{part}" if part else "exits", f"fxopt bench depth --technique early_exit{options}", environment(device)
+    )
+    parts = {part: PARTS[part]} if part else {"model": PARTS["model"]} if quick else PARTS
+    steps = len(parts) * len(batches)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=128), progress_bar("exits", steps) as step:
-        for name in models:
-            model = _build(name).to(device)
+        for own, name in parts.items():
+            model = _build("small" if quick and own != "tuned" else name).to(device)
             for batch in batches:
                 # A step of the larger model takes twenty times as long, and scatters less.
-                turns = rounds if name != "vocabulary" else max(5, rounds // 8)
-                rows = _case(name, model, batch, device, turns, result)
-                if name == "tinylm":
+                turns = rounds if own == "model" else max(5, rounds // 5)
+                if own == "tuned":
+                    rows = _single(name, model, batch, device, turns)
                     rows += _tuned(model, batch, device, max(5, rounds // 12), rows, result)
+                else:
+                    rows = _case("small" if quick else name, model, batch, device, turns, result)
                 result.rows += rows
                 step()
     return result
@@ -132,8 +148,8 @@ def _build(name: str) -> Any:
 
 
 def _case(name: str, model: Any, batch: int, device: str, rounds: int, result: Result) -> list[Row]:
-    layers, vocabulary = model.config.num_hidden_layers, model.config.vocab_size
-    middle, prompt = layers // 2, 64
+    layers = model.config.num_hidden_layers
+    middle = layers // 2
     never = {kind: EarlyExit(layers=(middle,), confidence=kind, threshold=NEVER) for kind in ("state", "max")}
     always = {kv: EarlyExit(layers=(middle,), confidence="max", threshold=0.0, kv=kv) for kv in ("propagate", "none")}
     built: dict[str, Any] = {
@@ -142,7 +158,7 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, result: R
         "truncated": fxopt_compile(reference(model, always["none"])),
         **{f"always, {kv}": fxopt_compile(shared_copy(model), always[kv], strict=True) for kv in always},
     }
-    ids = torch.randint(3, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = _prompt(model, batch, device)
     peers = [Peer(peer, *(_decode(built[peer], ids),) * 2) for peer in built]
     same = peers[:3]
     if name != "vocabulary":
@@ -161,6 +177,22 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, result: R
     remaining = (layers - middle) / _layers_of_check(built["never, max"])
     _judge(name, batch, rows, remaining, result.remarks)
     return rows
+
+
+def _single(name: str, model: Any, batch: int, device: str, rounds: int) -> list[Row]:
+    """What a step of the plain and of the truncated model, the propagation and one check cost."""
+    middle = model.config.num_hidden_layers // 2
+    ids = _prompt(model, batch, device)
+    whole = fxopt_compile(shared_copy(model))
+    half = fxopt_compile(reference(model, EarlyExit((middle,), "max", 0.0, kv="none")))
+    calls = {"plain": _decode(whole, ids), "truncated": _decode(half, ids), **_parts(model, middle, ids)}
+    return measure(f"{name}, batch {batch}", [Peer(n, calls[n]) for n in SINGLE], rounds=rounds, device=device)
+
+
+def _prompt(model: Any, batch: int, device: str) -> Tensor:
+    """``[B, 64]`` token ids."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, model.config.vocab_size, (batch, 64), generator=generator).to(device)
 
 
 def _layers_of_check(model: Any) -> float:

@@ -111,6 +111,25 @@ def test_a_row_with_nothing_unmasked_is_zero():
     assert close(inputs, soft_cap=9.0)[1].abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "body"])
+@pytest.mark.parametrize("kind", ["bool", "min", "none"])
+def test_rows_of_extent_zero_read_nothing(kind, dtype):
+    """Their keys and values are NaN, their results zero; the other rows get what they get alone, each to its extent."""
+    filled = 64 if kind == "none" else 30
+    inputs = sample_inputs(batch=4, filled=filled, kind=kind, dtype=dtype)
+    ends = torch.tensor([filled, 0, 64, 0])
+    given = inputs | {name: inputs[name].clone() for name in ("key", "value")} | {"extent": ends}
+    for name in ("key", "value"):
+        given[name][1] = given[name][3] = float("nan")
+    out = OP(**given)
+    assert out[1].abs().max() == out[3].abs().max() == 0
+    for row in (0, 2):
+        alone = {n: v[row : row + 1] if getattr(v, "ndim", 0) else v for n, v in inputs.items()}
+        torch.testing.assert_close(out[row : row + 1], OP(**alone), atol=1e-6, rtol=1e-6)
+    assert OP(**given | {"extent": torch.zeros(4, dtype=torch.int64)}).abs().max() == 0
+    torch.testing.assert_close(OP(**inputs | {"extent": ends.clamp(min=filled)}), OP(**inputs), atol=1e-6, rtol=1e-6)
+
+
 def test_nothing_beyond_the_extent_is_read():
     inputs = sample_inputs(filled=30)
     expected = attention(**inputs)
@@ -128,6 +147,7 @@ def test_off_the_cpu_no_value_is_read_on_the_host(tokens):
     given = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in inputs.items()}
     assert given["extent"].is_meta
     assert attention(**given).shape == attention(**inputs).shape
+    assert attention(**given | {"extent": given["extent"].expand(2)}).shape == attention(**inputs).shape
 
 
 def test_rows_of_different_padding():
@@ -137,7 +157,9 @@ def test_rows_of_different_padding():
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("extra", [{}, {"soft_cap": 8.0}, {"sinks": torch.randn(8)}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"soft_cap": 8.0}, {"sinks": torch.randn(8)}, {"extent": torch.tensor([20, 0])}]
+)
 def test_opcheck(permuted, extra):
     inputs = sample_inputs(tokens=3, filled=20) | extra
     tensors = [inputs.pop(name) for name in ("query", "key", "value")]

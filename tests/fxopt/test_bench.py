@@ -154,6 +154,13 @@ def test_suites_of_exits_quick():
     assert len(routed.rows) == 6 and "weights are read" in routed.remarks[-1]
 
 
+def test_parts_that_there_are_not():
+    with pytest.raises(ValueError, match="parts: model, vocabulary, tuned"):
+        load_suite("depth")(technique="early_exit", part="forward")
+    with pytest.raises(ValueError, match="those of early_exit and mixture_of_depths have"):
+        load_suite("depth")(technique="router", part="forward")
+
+
 @pytest.mark.parametrize("name", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))])
 def test_documents_show_the_kept_results(name):
     text = (ROOT / name).read_text(encoding="utf-8")

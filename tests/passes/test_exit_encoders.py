@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -121,11 +122,13 @@ def test_rows_that_have_exited_are_not_computed(name, eager_lowering):
 
 
 def rows_of_linears(model, name):
-    """Rows of the batch that all linears on states [rows, S, W] were given."""
+    """Rows of the batch that all linears on states were given, [rows, S, W] or [rows * S, W]; a pooler's [rows, W] is
+    less than one row of S positions."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         results(model, name)
     shapes = [event.input_shapes[0] for event in profile.events() if event.name == "aten::linear"]
-    return sum(shape[0] for shape in shapes if len(shape) == 3)
+    positions = next(shape[1] for shape in shapes if len(shape) == 3)
+    return sum(math.prod(shape[:-1]) // positions for shape in shapes)
 
 
 @pytest.mark.slow

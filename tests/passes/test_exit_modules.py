@@ -179,6 +179,6 @@ def test_paths_are_plain_data():
 
 def test_without_a_look_at_the_model_modules_are_blocked(captured):
     captured.strict = False
-    with pytest.warns(UserWarning, match="FX505 .* found by fxopt.compile"):
+    with pytest.warns(UserWarning, match="FX506 .* found by fxopt.compile"):
         captured.use(EarlyExit(layers=(1,), head="heads"))
     captured.strict = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -93,7 +95,8 @@ def rows_of_linears(model, ids, **kwargs):
     with torch.no_grad(), torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         model(ids, **kwargs)
     events = [e for e in profile.events() if e.name == "aten::linear"]
-    return sum(e.input_shapes[0][0] for e in events if e.input_shapes[1][0] <= 96)
+    shapes = [e.input_shapes[0] for e in events if e.input_shapes[1][0] <= 96]
+    return sum(math.prod(shape[:-1]) for shape in shapes) // ids.shape[1]  # [rows, S, W], or [rows * S, W]
 
 
 @pytest.mark.parametrize("cache", [STATIC, "growing", "none"])
