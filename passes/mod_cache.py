@@ -102,7 +102,8 @@ class RoutedLayer(DynamicLayer):
         assert selection.valid is not None
         keys = Keys(self.positions, self.seen, self.window, first=self.used[:, None].clone())
         places = torch.where(selection.valid, selection.places + self.seen, -1)
-        self.positions.scatter_(1, keys.own(selection), places)
+        row = torch.arange(len(places), device=places.device)[:, None]
+        self.positions.index_put_((row, keys.own(selection)), places)  # and no scatter_: see regions.Writer
         self.used.add_(selection.valid.sum(1))
         self.seen += member.shape[1]
         return keys

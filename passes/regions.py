@@ -81,12 +81,13 @@ class Writer:
         layer: Any = self.layer
         if not layer.is_initialized:
             layer.lazy_initialization(keys, values)
-        cells = self.cells[:, None, :, None]
+        rows, heads = (torch.arange(size, device=keys.device) for size in keys.shape[:2])
+        # Inductor writes this in place; of a scatter_ it makes two copies of the whole cache.
+        places = (rows[:, None, None], heads[:, None], self.cells[:, None])
         for kept, new in ((layer.keys, keys), (layer.values, values)):
-            places = cells.expand_as(new)
             if self.needed is not None:
-                new = torch.where(self.needed, new, kept.gather(2, places))
-            kept.scatter_(2, places, new)
+                new = torch.where(self.needed, new, kept[places])
+            kept.index_put_(places, new)
         return layer.keys, layer.values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -262,6 +263,28 @@ def test_exact_passes_act_in_the_branch_of_a_step(monkeypatch, name, kind):
     for technique in ["cache_extent", *(["gqa_packing"] if grouped else [])]:
         told = report.why(technique, attention)
         assert told.startswith(f"{technique} was applied at {attention}") and "(in the branch cond_true_0)" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_a_step_through_inductor_writes_the_cache_in_place(kind):
+    """No buffer of the size of a layer's cache is made: a copy of it would cost more than the layer saves."""
+    from torch._inductor.utils import run_and_get_code
+    from transformers import DynamicCache, StaticCache
+
+    model, inputs = made("llama", training=False, batch=1, layers=(1,))
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache = StaticCache(model.config, max_cache_len=56) if kind == "static" else DynamicCache(config=model.config)
+        model(input_ids=ids[:, :8], past_key_values=cache)
+        cells = cache.layers[1].keys.shape[2]
+        fxopt.compile(model, strict=True)
+        found, codes = run_and_get_code(lambda: model(input_ids=ids[:, 8:9], past_key_values=cache).logits)
+    torch.testing.assert_close(found, whole[:, 8:9], rtol=1e-4, atol=1e-4)
+    code = "\n".join(codes)
+    assert f"2, {cells}, 16)" in code  # the cache is an operand
+    assert not re.search(rf"empty_strided\w*\(\(1, 2, {cells}, 16\)", code)
 
 
 def test_a_growing_cache_keeps_cells_for_routed_tokens_alone(eager_lowering, monkeypatch):

@@ -141,6 +141,7 @@ def test_layer_skip_of_a_routed_model(eager_lowering, skipped):
 
 
 @pytest.mark.branches_write
+@pytest.mark.skipif(not compat.cond_may_write(), reason="no branch cuts the stack here")
 def test_layer_skip_does_not_count_a_stack_that_a_branch_has_cut(eager_lowering):
     model = MixtureOfDepths(0.25, layers=(3,))(Handwritten(layers=5)).eval()
     routers(model)["layers.3"].trained = True

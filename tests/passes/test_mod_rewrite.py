@@ -13,8 +13,10 @@ from torch import nn
 
 import fxopt
 from fxopt.passes import mod_forward, mod_rewrite
+from fxopt.passes.mixture_of_depths import MixtureOfDepths
 from fxopt.passes.mod_counters import watching
 from fxopt.passes.mod_reference import auxiliary_loss, routers
+from fxopt.testing import Handwritten, inputs_for
 
 
 def made(name="handwritten", training=False, **fields):
@@ -155,6 +157,19 @@ def test_a_training_step_with_operators_is_the_eager_one(on_device, name):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda m, path=path: f"{path}: {m}")
     assert operators(on_device[0]) == {"linear_if": 0, "gather_norm": 1, "scatter_residual": 1, "cond": 0}
     assert remark(model).message == "3 of 12 tokens are computed; gather with norm; scatter with residual"
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_layer_skip_finds_the_stack_in_eval_too(on_device, skipped):
+    """Without branches a routed layer is a layer like the others."""
+    model = MixtureOfDepths(0.25, layers=(3,))(Handwritten(layers=5)).eval()
+    routers(model)["layers.3"].trained = True
+    ids = inputs_for("handwritten", model, length=S)["ids"]
+    twin = copy.deepcopy(model)
+    twin.layers[skipped].forward = lambda x: x
+    fxopt.compile(model, fxopt.LayerSkip(skip=(skipped,)), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), twin(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_a_norm_that_is_not_known_stays_and_the_rest_is_fused(on_device):
