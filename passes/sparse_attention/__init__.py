@@ -44,6 +44,8 @@ class SparseAttention(Technique):
             the share of the cache's length (its capacity, for a static cache).
         sinks: first positions that are always read.
         window: for ``"sink_window"``, the newest positions that are read, instead of `budget`.
+        rolling: for ``"sink_window"``, a static cache of ``sinks + window`` rows holds a conversation of any length;
+            positions count inside it, as in the paper, see :mod:`.rolling`.
         tau: of what `budget` allows, a head reads the fewest best tokens or pages that together hold this share of the
             softmax of their approximate scores (top-p, Twilight, arXiv 2502.02770); None reads all of the budget.
         min_length: caches filled with fewer positions are read in full; None is the method's own choice.
@@ -66,6 +68,7 @@ class SparseAttention(Technique):
     budget: int | float | None = None
     sinks: int = 4
     window: int | None = None
+    rolling: bool = False
     tau: float | None = None
     min_length: int | None = None
     layers: tuple[int, ...] | None = None
@@ -105,6 +108,12 @@ class SparseAttention(Technique):
         if self.bits not in (None, 4, 8):
             raise SettingError(
                 f"SparseAttention(bits={self.bits!r}): allowed are 8, 4, and None for the cache's dtype."
+            )
+        if not isinstance(self.rolling, bool):
+            raise SettingError(f"SparseAttention(rolling={self.rolling!r}): True or False.")
+        if self.rolling and (self.method != "sink_window" or self.select is not None):
+            raise SettingError(
+                f"SparseAttention(method={self.method!r}, rolling=True): only method='sink_window' has a rolling cache."
             )
         self.chosen_by.check(self)
 

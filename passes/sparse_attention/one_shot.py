@@ -44,8 +44,8 @@ def kept_rows(
     place = torch.arange(length, device=key.device)
     visible = place <= positions[:, None]  # [R, S]
     short = positions + 1 < setting.dense_below
-    if setting.select is not None or setting.bits:
-        raise SettingError(f"{setting}: select= and bits= are measured step by step; use fxopt.evaluate.")
+    if setting.select is not None or setting.bits or setting.rolling:
+        raise SettingError(f"{setting}: select=, bits= and rolling= are measured step by step; use fxopt.evaluate.")
     if setting.method == "sink_window":
         rows = []
         for budget in budgets(setting, heads):

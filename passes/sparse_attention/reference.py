@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fxopt.passes.sparse_attention.rolling_reference import Nearer
 from fxopt.passes.sparse_attention.settings import Budget, block_counts, budgets, tokens_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def attach(module: nn.Module, setting: SparseAttention) -> None:
         if name and _CROSS.search(name.rpartition(".")[2]):
             child.register_forward_pre_hook(decoding.pause)
             child.register_forward_hook(decoding.resume, always_call=True)
-    if setting.select is None and setting.method == "sink_window":
+    if decoding.nearer is not None:
+        decoding.nearer.attach(module)
+    elif setting.select is None and setting.method == "sink_window":
         return
     for child in module.modules():
         if isinstance(getattr(child, "layer_idx", None), int):
@@ -53,11 +56,14 @@ class _Decoding(TorchFunctionMode):
         self.paused = 0
         self.moving: list[bool] = []
         self.answered = 0
+        self.nearer = Nearer(setting.sinks + setting.window) if setting.rolling and setting.window else None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = _new_tokens(args, kwargs) == 1
         self.inside.append(step)
         self.answered = 0
+        if self.nearer is not None:
+            self.nearer.enter(step)
         if step:
             self.__enter__()
 
@@ -79,7 +85,8 @@ class _Decoding(TorchFunctionMode):
     def look_at_window(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         layers = getattr(kwargs.get("past_key_values"), "layers", ())
         index: Any = module.layer_idx
-        self.moving.append(index < len(layers) and _moves(layers[index]))
+        moves = _slides if self.nearer is not None else _moves
+        self.moving.append(index < len(layers) and moves(layers[index]))
 
     def leave_window(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.moving:
@@ -92,9 +99,17 @@ class _Decoding(TorchFunctionMode):
         self.answered += 1
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if self.nearer is not None and self.nearer.asks:
+            self.nearer.query = given["query"]
+            return func(*args, **kwargs)
         if any(self.moving) or (torch.is_grad_enabled() and given["query"].requires_grad):
             return func(*args, **kwargs)
-        return _attend(self.setting, given)
+        return _attend(self.setting, given, None if self.nearer is None else self.nearer.query)
+
+
+def _slides(layer: Any) -> bool:
+    """Whether a layer's cache is a sliding window."""
+    return bool(getattr(layer, "is_sliding", False))
 
 
 def _moves(layer: Any) -> bool:
@@ -108,7 +123,8 @@ def _new_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return first.shape[1] if first is not None and first.ndim > 1 else 0
 
 
-def _attend(setting: SparseAttention, given: dict[str, Any]) -> Tensor:
+def _attend(setting: SparseAttention, given: dict[str, Any], near: Tensor | None = None) -> Tensor:
+    """One new token; ``near``: the query that meets the sinks, where that is another one."""
     query, key, mask = given["query"], given["key"], given.get("attn_mask")
     batch, length = query.shape[0], key.shape[2]
     if mask is None:
@@ -119,9 +135,23 @@ def _attend(setting: SparseAttention, given: dict[str, Any]) -> Tensor:
     extent = int(torch.where(reach == 0, length, reach).max())
     scale = given.get("scale") or query.shape[-1] ** -0.5
     keep = kept(setting, query, key, visible, extent, scale)[:, :, None]  # [B, Hq or 1, 1, S]
+    if near is not None:
+        return _rolled(setting, given, near, mask & keep, visible, scale)
     hidden = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, float("-inf"))
     options = {name: given[name] for name in ("scale", "enable_gqa") if given.get(name) is not None}
     return F.scaled_dot_product_attention(query, key, given["value"], attn_mask=hidden, **options)
+
+
+def _rolled(
+    setting: SparseAttention, given: dict[str, Any], near: Tensor, keep: Tensor, visible: Tensor, scale: float
+) -> Tensor:
+    """Attention in which `near` meets the first `sinks` visible keys, and the query itself the others."""
+    query, heads = given["query"], given["query"].shape[1]
+    key, value = (given[n].repeat_interleave(heads // given[n].shape[1], 1) for n in ("key", "value"))
+    sink = (visible & (visible.cumsum(-1) <= setting.sinks))[:, None, None]  # [B, 1, 1, S]
+    scores = torch.where(sink, near.reshape(query.shape).float() @ key.float().mT, query.float() @ key.float().mT)
+    weights = (scores * scale).masked_fill(~keep, -math.inf).softmax(-1)
+    return weights.to(value.dtype) @ value
 
 
 def kept(setting: SparseAttention, query: Tensor, key: Tensor, visible: Tensor, extent: int, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ from fxopt.passes.attention import AttentionSite
 from fxopt.passes.attention_rewrite import mask_node, replace_output
 from fxopt.passes.context import PassContext
 from fxopt.passes.masks import read_extent_node
+from fxopt.passes.sparse_attention import rolling
 from fxopt.passes.sparse_attention.selection import missing_kernels
 from fxopt.passes.sparse_attention.settings import budgets
 from fxopt.passes.sparse_attention.sizes import Sizes
@@ -25,6 +26,8 @@ MIN_LENGTH = 0
 
 def check(setting: SparseAttention) -> None:
     """Exactly one of window and budget, and something besides the sinks."""
+    if setting.rolling:
+        rolling.check(setting)
     if (setting.window is None) == (setting.budget is None):
         given = "both" if setting.window is not None else "neither"
         raise SettingError(
@@ -44,7 +47,10 @@ def state_elements(setting: SparseAttention, width: int) -> float:
 
 
 def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext, shared: dict[Any, Any]) -> None:
-    """Put the gathered form in the place of one attention."""
+    """Put the gathered form, or a rolling cache, in the place of one attention."""
+    if setting.rolling:
+        rolling.rewrite(site, setting, context, shared)
+        return
     missing = missing_kernels(site, setting, block=1)
     if missing is not None:
         context.missed("FX303", site.output, missing)
