@@ -14,12 +14,12 @@ IDS = torch.randint(3, 128, (4, 6), generator=torch.Generator().manual_seed(5))
 LAYERS = 3
 
 
-def coin(logits):
-    """Rows part whatever the weights: about half of them are sure."""
-    return (logits[:, 7] > logits[:, 8]).float()
+def every_other_row(logits):
+    """Rows part whatever the weights."""
+    return torch.cumsum(torch.ones_like(logits[:, 0]), 0) % 2
 
 
-EACH = EarlyExit(layers=(1, 2), confidence=coin, threshold=0.5, rows="each", phase="decode")
+EACH = EarlyExit(layers=(1, 2), confidence=every_other_row, threshold=0.5, rows="each", phase="decode")
 
 
 @pytest.fixture
@@ -61,7 +61,9 @@ def test_rows_that_have_exited_read_no_key(name, cache, rows_read, eager_lowerin
     tokens, logits = write(compiled, cache)
     assert torch.equal(tokens, wanted)
     torch.testing.assert_close(logits, wanted_logits, atol=2e-5, rtol=1e-5)
-    left = [sum(depth > index for depth in rows) for rows in steps for index in range(LAYERS)]
+    # Before the exit, ungrouped heads without a mask are the library's.
+    first = 1 if cache is None and name != "llama" else 0
+    left = [sum(depth > index for depth in rows) for rows in steps for index in range(first, LAYERS)]
     assert rows_read == [rows for rows in left if rows]
     said = {(r.status, r.code) for r in fxopt.report(compiled).remarks if r.technique == "early_exit"}
     assert said == {("applied", ""), ("analysis", "FX604"), ("blocked", "FX503")}, "the prompt alone runs every layer"
