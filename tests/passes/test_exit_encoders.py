@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import fxopt
+from fxopt.codegen import compat
 from fxopt.passes.counters import DepthCounter, counters, depths
 from fxopt.passes.early_exit import EarlyExit
 from fxopt.reporting import owner_of
@@ -117,8 +118,12 @@ def test_rows_that_have_exited_are_not_computed(name, eager_lowering):
     results(compiled, name)
     linears = 6
     assert rows_of_linears(model, name) == 3 * linears * 3
+    told = [r.code for r in fxopt.report(compiled).remarks if "computed along" in r.message]
+    if name == "bert" and compat.torch_version() < (2, 12):  # where it asks a number of rows whether it is one
+        assert told == ["FX204"]
+        return
+    assert not told
     assert rows_of_linears(compiled, name) == linears * 3 + 2 * linears * left
-    assert not [r for r in fxopt.report(compiled).remarks if "computed along" in r.message]
 
 
 def rows_of_linears(model, name):
