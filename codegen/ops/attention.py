@@ -69,10 +69,6 @@ def attention(
     if value.shape[2] != length:  # the library's kernel would read past the end
         raise RuntimeError(f"fxopt.attention: {length} keys and {value.shape[2]} values; there must be as many.")
     options = {"scale": scale, "is_causal": is_causal, "soft_cap": soft_cap, "window": window}
-    # Reading a device's value here would stop the host in every layer; there the kernel reads it.
-    if extent is not None and extent.ndim and extent.device.type != "cpu":
-        out = attention(query, key, value, mask, None, sinks, **options)  # type: ignore[arg-type]
-        return torch.where(extent.reshape(-1, 1, 1, 1) > 0, out, 0)
     if extent is not None and extent.device.type == "cpu":
         if extent.ndim and not bool((extent > 0).all()):
             return _row_by_row(query, key, value, mask, extent, sinks, options)
@@ -81,6 +77,9 @@ def attention(
         if mask is not None and mask.shape[-1] == length:
             mask = mask.narrow(-1, 0, filled)
         length = filled
+    elif extent is not None and extent.ndim:  # reading a device's value would stop the host in every layer
+        out = attention(query, key, value, mask, None, sinks, **options)  # type: ignore[arg-type]
+        return torch.where(extent.reshape(-1, 1, 1, 1) > 0, out, 0)
     if is_causal and tokens == length and mask is None and (soft_cap or sinks is not None or 0 < window < tokens):
         return _laid_out(_in_blocks(query, key, value, sinks, scale, soft_cap, window or tokens))
     if is_causal and tokens == length and mask is None:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -212,7 +212,8 @@ def summary(done: dict[Case, dict[str, Any]], bandwidth: float) -> list[str]:
         )
     flex = [t[FLEX] / t[OWN] for t in medians.values() if FLEX in t]
     if flex:
-        lines.append(f"{_mean(flex):.3f}x FlexAttention in the geometric mean of {len(flex)} (goal {GOALS['flex']})")
+        mean = geometric_mean(flex)
+        lines.append(f"{mean:.3f}x FlexAttention in the geometric mean of {len(flex)} (goal {GOALS['flex']})")
     best = [
         (min(library) / t[OWN], c.name)
         for c, t in medians.items()
@@ -220,7 +221,7 @@ def summary(done: dict[Case, dict[str, Any]], bandwidth: float) -> list[str]:
     ]
     if best:
         lines.append(
-            f"{_mean([b for b, _ in best]):.3f}x the library's best backend in the geometric mean, at worst "
+            f"{geometric_mean([b for b, _ in best]):.3f}x the library's best backend in the geometric mean, at worst "
             f"{min(best)[0]:.3f}x at {min(best)[1]} (goal {GOALS['sdpa']})"
         )
     lines.append(_against(medians, ONLINE, "async against online softmax"))
@@ -238,12 +239,8 @@ def summary(done: dict[Case, dict[str, Any]], bandwidth: float) -> list[str]:
 def _against(medians: dict[Case, dict[str, float]], peer: str, what: str) -> str:
     """Time of the first peer over that of `peer`."""
     found = [(times[OWN] / times[peer], case.name) for case, times in medians.items()]
-    return (f"{what}: time {_mean([f for f, _ in found]):.3f} in the geometric mean, {min(found)[0]:.3f} at "
+    return (f"{what}: time {geometric_mean([f for f, _ in found]):.3f} in the geometric mean, {min(found)[0]:.3f} at "
             f"{min(found)[1]} to {max(found)[0]:.3f} at {max(found)[1]}")  # fmt: skip
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 def run(*, device: str = "cuda", quick: bool = False) -> Result:

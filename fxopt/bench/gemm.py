@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 import pathlib
 import shutil
 import statistics
@@ -252,7 +251,7 @@ def summary(measured: dict[str, Measured], shapes: dict[str, tuple[int, int]], b
     cases = sum(len(found.times[CUBLAS]) for found in measured.values())
     lines = [f"read bandwidth, by a sum: {bandwidth / 1e9:.0f} GB/s"]
     if speedups:
-        mean = math.exp(statistics.fmean(map(math.log, speedups)))
+        mean = statistics.geometric_mean(speedups)
         lines.append(
             f"own kernels alone: faster than every peer in {won} of {cases} cases; {mean:.3f}x cuBLAS in the geometric "
             f"mean (goal {GOALS['geometric mean']})"

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import pathlib
-import sys
 
+import exit_harness as harness
 import pytest
 import torch
 
 import fxopt
 from fxopt.passes.early_exit import EarlyExit
 from fxopt.testing import TINY
-
-_path = pathlib.Path(__file__).parent.parent / "passes" / "exit_harness.py"
-_spec = importlib.util.spec_from_file_location("exit_harness", _path)
-assert _spec is not None and _spec.loader is not None
-harness = importlib.util.module_from_spec(_spec)
-sys.modules.setdefault("exit_harness", harness)
-_spec.loader.exec_module(harness)
 
 IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(3))
 FALLING = ((0, 0.2), (9, 0.05), (13, 0.02))

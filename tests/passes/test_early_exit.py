@@ -7,10 +7,8 @@ where that is the question.
 from __future__ import annotations
 
 import copy
-import importlib.util
-import pathlib
-import sys
 
+import exit_harness as harness
 import pytest
 import torch
 
@@ -21,12 +19,6 @@ from fxopt.passes.early_exit import EarlyExit
 from fxopt.passes.modules import delete_layers, module_stacks
 from fxopt.passes.technique import SettingError
 from fxopt.testing import TINY
-
-_spec = importlib.util.spec_from_file_location("exit_harness", pathlib.Path(__file__).with_name("exit_harness.py"))
-assert _spec is not None and _spec.loader is not None
-harness = importlib.util.module_from_spec(_spec)
-sys.modules["exit_harness"] = harness
-_spec.loader.exec_module(harness)
 
 IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(3))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import pathlib
-import sys
 
+import exit_harness as harness
 import pytest
 import torch
 from torch import nn
@@ -14,12 +12,6 @@ from torch import nn
 import fxopt
 from fxopt.passes.early_exit import EarlyExit
 from fxopt.testing import TINY, _hf
-
-_spec = importlib.util.spec_from_file_location("exit_harness", pathlib.Path(__file__).with_name("exit_harness.py"))
-assert _spec is not None and _spec.loader is not None
-harness = importlib.util.module_from_spec(_spec)
-sys.modules.setdefault("exit_harness", harness)
-_spec.loader.exec_module(harness)
 
 IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(3))
 
