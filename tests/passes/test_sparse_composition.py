@@ -18,6 +18,7 @@ METHODS = {
     ),
     "sink_window": SparseAttention(window=6, sinks=2),
 }
+WRITES = pytest.mark.branches_write  # state beside a cache is kept up to date in the branches of an exit
 
 
 @pytest.fixture(params=METHODS)
@@ -60,6 +61,11 @@ def test_layer_skip(cache, method, eager_lowering):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.02, 0.999])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param("pages", marks=WRITES), pytest.param("double_sparsity", marks=WRITES), "sink_window"],
+    indirect=True,
+)
 def test_one_early_exit(threshold, method, eager_lowering):
     """Layers that an exit passes over do not keep the state beside their caches up to date; it is derived anew."""
     model, moved = compared(TINY["llama"], (EarlyExit(layers=(1,), threshold=threshold), method))

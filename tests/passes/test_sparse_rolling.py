@@ -146,15 +146,21 @@ def test_more_tokens_than_fit_are_refused(eager_lowering):
     ],
 )  # fmt: skip
 def test_what_cannot_roll_is_told_and_stays_dense(name, make, message, eager_lowering):
-    plain = TINY[name]()
-    model = fxopt.compile(TINY[name](), ROLLING)
+    def build():
+        model = TINY[name]()
+        if name == "gemma2":
+            model.set_attn_implementation("eager")  # the only one that caps scores in every version of transformers
+        return model
+
+    plain = build()
+    model = fxopt.compile(build(), ROLLING)
     ids = tokens(9)
     expected = decoded(plain, make(plain), ids)
     with pytest.warns(UserWarning, match=message):
         found = decoded(model, make(model), ids)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
-    model = fxopt.compile(TINY[name](), ROLLING, strict=True)
+    model = fxopt.compile(build(), ROLLING, strict=True)
     with pytest.raises(Exception, match=message):
         decoded(model, make(model), ids)
 
