@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -185,16 +185,21 @@ def _call(
 
 @functools.cache
 def compiled(variant: CpuAttention) -> Callable[..., Any] | None:
-    """The kernel of a variant; None, with one warning, where there is no compiler that can build it."""
+    """The kernel of a variant, or None as of :func:`built`."""
     stored = STORED[variant.dtype]
     types = {"seen": "bool", "bias": "float", "sinks": "float", "ends": "int64_t", "scratch": "float"}
     pointers = [f"{'' if n in ('out', 'scratch') else 'const '}{types.get(n, stored)}*" for n in _TENSORS]
+    return built(variant.name, [*pointers, *["int64_t"] * _INTEGERS, "float", "float"], source(variant))
+
+
+def built(name: str, types: Sequence[str], text: str) -> Callable[..., Any] | None:
+    """The C++ function ``kernel`` of `text`; None, with one warning, where there is no compiler that can build it."""
     try:
-        return compat.cpp_function([*pointers, *["int64_t"] * _INTEGERS, "float", "float"], source(variant))
+        return compat.cpp_function(types, text)
     except compat.KernelNotCompiled as problem:
         warnings.warn(
-            f"fxopt: {variant.name} could not be compiled ({str(problem).splitlines()[0][:200]}); attention runs in "
-            "PyTorch instead, with the same results. Inductor's own settings choose the C++ compiler (CXX).",
-            stacklevel=2,
+            f"fxopt: {name} could not be compiled ({str(problem).splitlines()[0][:200]}); it runs in PyTorch instead, "
+            "with the same results. Inductor's own settings choose the C++ compiler (CXX).",
+            stacklevel=3,
         )
         return None

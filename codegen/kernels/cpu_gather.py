@@ -1,32 +1,26 @@
-"""Decode attention on chosen positions, and bounds of pages, in generated C++ for CPUs.
+"""Decode attention on chosen positions in generated C++ for CPUs.
 
-:func:`attend` computes what :func:`fxopt.codegen.ops.sparse_gather.attend_to` computes, :func:`page_bounds` the scores
-of :func:`fxopt.codegen.ops.sparse_select.page_scores`; both return None where the PyTorch form has to do it.
+:func:`attend` computes what :func:`fxopt.codegen.ops.sparse_gather.attend_to` computes, and returns None where the
+PyTorch form has to do it.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxopt.codegen import compat
-from fxopt.codegen.kernels.cpu_attention import SPLIT, STORED, CpuAttention
+from fxopt.codegen.kernels.cpu_attention import SPLIT, STORED, CpuAttention, built
 from fxopt.codegen.kernels.cpu_attention_source import HELPERS, LANES, LOADS, TYPES
-from fxopt.codegen.kernels.cpu_gather_source import BODY, BOUNDS, HEADER, LOAD_HALVES
+from fxopt.codegen.kernels.cpu_gather_source import BODY, HEADER
 
-AHEAD = 8
-"""Pages of bounds that are fetched ahead; measured: docs/decisions.md."""
-
-_ATTEND = ("query", "key", "value", "index", "counts", "seen", "bias", "sinks", "out", "scratch")
+_TENSORS = ("query", "key", "value", "index", "counts", "seen", "bias", "sinks", "out", "scratch")
 _TYPES = {"index": "int64_t", "counts": "int64_t", "seen": "bool", "bias": "float", "sinks": "float",
-          "scratch": "float", "scores": "float"}  # fmt: skip
-_WRITTEN = ("out", "scratch", "scores")
+          "scratch": "float"}  # fmt: skip
+_WRITTEN = ("out", "scratch")
 
 
 def attend(
@@ -76,63 +70,19 @@ def attend(
     return out.transpose(1, 2)
 
 
-def page_bounds(query: Tensor, bounds: Tensor, used: int) -> Tensor | None:
-    """[B, Hkv, P] float32, -inf from `used` on; ``query: [B, Hq, 1, D]``, ``bounds: [B, Hkv, P, 2 D]``, contiguous."""
-    batch, heads, _, width = query.shape
-    kv_heads, pages = bounds.shape[1:3]
-    if query.dtype not in STORED or bounds.dtype not in STORED or width % LANES or width > 256:
-        return None
-    if query.stride(3) != 1 or not bounds.is_contiguous():
-        return None
-    group = heads // kv_heads
-    kernel = _bounds(CpuAttention(query.dtype, width, width, 4 if group > 2 else group, False), bounds.dtype)
-    if kernel is None:
-        return None
-    scores = torch.empty(batch, kv_heads, pages)
-    kernel(
-        query, bounds, scores, batch, kv_heads, group, pages, used, query.stride(0), query.stride(1),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return scores
-
-
 @functools.cache
 def _attend(variant: CpuAttention) -> Callable[..., Any] | None:
-    return _compiled(variant, "gather", BODY, _ATTEND, 24, 2)
+    stored = STORED[variant.dtype]
+    pointers = [f"{'' if n in _WRITTEN else 'const '}{_TYPES.get(n, stored)}*" for n in _TENSORS]
+    name = variant.name.replace("attention", "gather")
+    return built(name, [*pointers, *["int64_t"] * 24, "float", "float"], _source(variant))
 
 
-@functools.cache
-def _bounds(variant: CpuAttention, kept: torch.dtype) -> Callable[..., Any] | None:
-    body = f"constexpr int AHEAD = {AHEAD};\nusing Kept = {STORED[kept]};\n{BOUNDS}"
-    if STORED[kept] != STORED[variant.dtype]:
-        body = LOAD_HALVES + body
-    return _compiled(variant, "bounds", body, ("query", "bounds", "scores"), 8, 0, {"bounds": STORED[kept]})
-
-
-def source(variant: CpuAttention, kind: str, body: str) -> str:
+def _source(variant: CpuAttention) -> str:
     """The C++ text of a variant."""
     stored = STORED[variant.dtype]
     header = HEADER.format(
-        name=variant.name.replace("attention", kind), head_dim=variant.head_dim, value_dim=variant.value_dim,
+        name=variant.name.replace("attention", "gather"), head_dim=variant.head_dim, value_dim=variant.value_dim,
         tile=variant.tile, block=variant.block, split=SPLIT, capped=str(variant.capped).lower(), stored=stored,
     )  # fmt: skip
-    return header + TYPES + LOADS[stored] + HELPERS + body
-
-
-def _compiled(
-    variant: CpuAttention, kind: str, body: str, tensors: tuple[str, ...], integers: int, floats: int,
-    own: Mapping[str, str] = MappingProxyType({}),
-) -> Callable[..., Any] | None:  # fmt: skip
-    types_of = {**_TYPES, **own}
-    stored = STORED[variant.dtype]
-    pointers = [f"{'' if n in _WRITTEN else 'const '}{types_of.get(n, stored)}*" for n in tensors]
-    types = [*pointers, *["int64_t"] * integers, *["float"] * floats]
-    try:
-        return compat.cpp_function(types, source(variant, kind, body))
-    except compat.KernelNotCompiled as problem:
-        warnings.warn(
-            f"fxopt: the {kind} kernel of {variant.name} could not be compiled ({str(problem).splitlines()[0][:200]}); "
-            "it runs in PyTorch instead, with the same results. Inductor's own settings choose the C++ compiler (CXX).",
-            stacklevel=2,
-        )
-        return None
+    return header + TYPES + LOADS[stored] + HELPERS + BODY

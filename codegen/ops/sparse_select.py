@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxopt.codegen.kernels import cpu_gather
+from fxopt.codegen.kernels import cpu_select
 from fxopt.codegen.ops import LIBRARY
 from fxopt.codegen.ops.sparse_attention import visible_positions
 from fxopt.codegen.ops.sparse_gather import filled_length
@@ -55,7 +55,7 @@ def page_scores(query: Tensor, bounds: Tensor, extent: Tensor | None = None, *, 
     batch, kv_heads, pages, _ = bounds.shape
     end = filled_length(pages * page, extent)
     used = -(-end // page) if end > least else 0
-    found = cpu_gather.page_bounds(query, bounds, used) if query.device.type == "cpu" else None
+    found = cpu_select.page_bounds(query, bounds, used) if query.device.type == "cpu" else None
     if found is not None:
         return found
     scores = torch.full((batch, kv_heads, pages), float("-inf"), dtype=torch.float32, device=query.device)
@@ -80,8 +80,12 @@ def feature_scores(
     """q . k on the stored channels alone, the maximum over the query heads of a KV head (Double Sparsity)."""
     batch, kv_heads, _, length = features.shape
     length = length * 2 if bits == 4 else length
-    scores = torch.full((batch, kv_heads, length), float("-inf"), dtype=torch.float32, device=query.device)
     end = filled_length(length, extent)
+    if query.device.type == "cpu":
+        found = cpu_select.feature_scores(query, features, channels, scales, end if end > least else 0, bits)
+        if found is not None:
+            return found
+    scores = torch.full((batch, kv_heads, length), float("-inf"), dtype=torch.float32, device=query.device)
     if end <= least:
         return scores
     grouped = query.reshape(batch, kv_heads, -1, query.shape[3])
@@ -107,7 +111,9 @@ def choose(
     tau: float = 0.0,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The `count` blocks with the highest scores of each head, in no order, and how many each list holds.
+    """The `count` blocks with the highest scores of each head, and how many each list holds.
+
+    In no order, or ascending where generated code chooses, which a cache is read faster in.
 
     ``bias`` as :func:`block_bias` makes it. ``counts``: fewer than `count` for each KV head. ``tau``: of these the
     fewest whose share of the softmax of ``scale * scores`` reaches tau (top-p, Twilight, arXiv 2502.02770); what is
@@ -120,17 +126,22 @@ def choose(
         nothing = scores.new_full((batch, kv_heads, count), -1, dtype=torch.int64)
         return nothing, nothing.new_zeros(batch, kv_heads)
     used = min(max(-(-end // block), count), blocks)
-    ranked = scores[..., :used] + bias[:, None, :used]
+    if scores.device.type == "cpu" and not tau:
+        found = cpu_select.best(scores, bias, used, count, counts)
+        if found is not None:
+            return found
+    inf = float("inf")  # what is kept in any case may have the score -inf, and a score may be NaN: both come first
+    ranked = (scores[..., :used] + bias[:, None, :used]).nan_to_num_(nan=inf, posinf=inf, neginf=-inf)
     ordered = bool(counts) or tau > 0
     top = torch.topk(ranked, min(count, used), dim=-1, sorted=ordered)
-    keep = top.values > float("-inf")
+    keep = top.values > -inf
     if counts:
         step = torch.arange(keep.shape[-1], device=scores.device)
         keep &= step < torch.tensor(counts, device=scores.device)[None, :, None]
     if tau > 0:
         # Blocks that are read in any case come first, in whatever order: each of them stays.
         share = _shares(scores[..., :used], bias[:, None, :used], scale).gather(-1, top.indices)
-        keep &= (share.cumsum(-1) - share < tau) | (top.values == float("inf"))
+        keep &= (share.cumsum(-1) - share < tau) | (top.values == inf)
     valid = keep.sum(-1)
     index = torch.where(keep, top.indices, -1)
     if not ordered and int(valid.min()) < keep.shape[-1]:

@@ -3,12 +3,14 @@
 ``q: [B, Hkv, G, D]`` (the query heads of each KV head), ``keys: [B, Hkv, S, D]``, ``state: [B, Hkv, D, S]``: the keys
 once more, channel by channel, so that a function that needs few channels reads few bytes. The state is kept beside the
 cache, for functions that use it. The result is scores ``[B, Hkv, S]``, or indices ``[B, Hkv, n]`` (int64) in no order.
-Sinks, newest tokens, padding and the budget are seen to here, as for the other methods.
+Sinks, newest tokens, padding and the budget are seen to here, as for the other methods; a token that is not among the
+indices, or has the score -inf, is read only for being one of those.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +69,7 @@ def rewrite(site: AttentionSite, setting: SparseAttention, context: PassContext,
         raise PassError(f"select= gives {value!r}; allowed are scores [{batch}, {heads}, {length}] or indices")
     if not value.dtype.is_floating_point:
         first = context.rewriter.method("select", (site.key, 3, 0), like=site.output)  # [B, Hkv, S]
-        low = context.rewriter.call(torch.full_like, (first, -1.0), like=site.output)
+        low = context.rewriter.call(torch.full_like, (first, -math.inf), like=site.output)
         scores = context.rewriter.method("scatter", (low, 2, scores, 1.0), like=site.output)
     elif not same(value.shape[2], length):
         raise PassError(f"select= gives {value.shape[2]} scores for {length} positions")

@@ -219,7 +219,7 @@ def _own_scores(setting: SparseAttention, query: Tensor, key: Tensor, extent: in
     """Scores of a function of the user's; shapes as in :func:`_page_scores`."""
     found = setting.select(query, key, key.transpose(2, 3))
     if not found.dtype.is_floating_point:
-        found = torch.full(key.shape[:3], -1.0, device=key.device).scatter(2, found, 1.0)
+        found = torch.full(key.shape[:3], -math.inf, device=key.device).scatter(2, found, 1.0)
     return found[..., :extent], 1
 
 
@@ -265,14 +265,15 @@ def _best(
 
     seen, forced = any_in_block(visible), any_in_block(always)
     ranked = scores.masked_fill(~seen, -math.inf).masked_fill(forced, math.inf)
-    order = ranked.topk(min(count, used), -1).indices
+    # Of equal ones those that come first, which generated code chooses too; the library's top-k takes any.
+    best, order = (x[:, :count] for x in ranked.sort(dim=-1, descending=True, stable=True))
     taken = torch.zeros(batch, blocks, dtype=torch.bool, device=scores.device)
     if tau is None:
-        return taken.scatter_(1, order, True)
+        return taken.scatter_(1, order, best > -math.inf)
     shares = (scores * scale).masked_fill(~seen, -math.inf).softmax(-1)
     for row in range(batch):
         held = 0.0
-        for block in order[row].tolist():
+        for block in order[row, best[row] > -math.inf].tolist():
             if forced[row, block] or held < tau:
                 taken[row, block] = True
                 held += float(shares[row, block])

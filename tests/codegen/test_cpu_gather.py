@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fxopt.codegen.ops.sparse_select
-import fxopt.codegen.ops.sparse_state  # noqa: F401
 from fxopt.codegen.kernels import cpu_gather
 from fxopt.codegen.ops import sparse_gather
 from fxopt.codegen.ops.attention import TOLERANCE, attention
-
-OPS = torch.ops.fxopt
 
 CASES = [  # batch, KV heads, group, length, head_dim, block, soft-cap, sinks, mask
     (2, 2, 4, 121, 32, 16, 0.0, True, "bool"),
@@ -73,23 +69,3 @@ def test_the_form_without_a_compiler(case, monkeypatch):
     monkeypatch.setattr(cpu_gather, "attend", lambda *_: None)
     monkeypatch.setattr(sparse_gather, "BUFFER", 1 << 14)  # several stretches and several rounds of heads
     torch.testing.assert_close(sparse_gather.attend_to(*given), expected, atol=2e-5, rtol=2e-5)
-
-
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
-def test_bounds_of_pages(kept, monkeypatch):
-    generator = torch.Generator().manual_seed(1)
-    key, query = torch.randn(2, 2, 121, 32, generator=generator), torch.randn(2, 10, 1, 32, generator=generator)
-    bounds, filled = torch.zeros(2, 2, 8, 64, dtype=kept), torch.tensor(-1)
-    stepped, known = torch.zeros(2, 2, 8, 64, dtype=kept), torch.tensor(-1)
-    extent = torch.tensor(100)
-    OPS.update_page_bounds(bounds, filled, key, extent, page=16)
-    for end in range(90, 101):
-        OPS.update_page_bounds(stepped, known, key, torch.tensor(end), page=16)
-    assert torch.equal(bounds, stepped)
-    scores = OPS.page_scores(query, bounds, extent, page=16)
-    exact = torch.einsum("bkgd,bksd->bkgs", query.view(2, 2, 5, 32), key).amax(2)[..., :100]
-    for page in range(7):
-        assert (scores[:, :, page] >= exact[..., page * 16 : page * 16 + 16].amax(-1) - 1e-5).all()
-    assert (scores[:, :, 7:] == -torch.inf).all()
-    monkeypatch.setattr(cpu_gather, "page_bounds", lambda *_: None)
-    torch.testing.assert_close(OPS.page_scores(query, bounds, extent, page=16), scores, atol=1e-4, rtol=1e-5)
