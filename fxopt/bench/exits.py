@@ -13,6 +13,7 @@ over the time taken.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -132,8 +133,7 @@ def run(
                 # A step of the larger model takes twenty times as long, and scatters less.
                 turns = rounds if own == "model" else max(5, rounds // 5)
                 if own == "tuned":
-                    rows = _single(name, model, batch, device, turns)
-                    rows += _tuned(model, batch, device, max(5, rounds // 12), rows, result)
+                    rows = _tuned(model, batch, device, max(5, rounds // 6), result)
                 else:
                     rows = _case("small" if quick else name, model, batch, device, turns, result)
                 result.rows += rows
@@ -179,14 +179,14 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, result: R
     return rows
 
 
-def _single(name: str, model: Any, batch: int, device: str, rounds: int) -> list[Row]:
-    """What a step of the plain and of the truncated model, the propagation and one check cost."""
+def _single(model: Any, batch: int, device: str) -> list[Peer]:
+    """A step of the plain and of the truncated model, the propagation and one check."""
     middle = model.config.num_hidden_layers // 2
     ids = _prompt(model, batch, device)
     whole = fxopt_compile(shared_copy(model))
     half = fxopt_compile(reference(model, EarlyExit((middle,), "max", 0.0, kv="none")))
     calls = {"plain": _decode(whole, ids), "truncated": _decode(half, ids), **_parts(model, middle, ids)}
-    return measure(f"{name}, batch {batch}", [Peer(n, calls[n]) for n in SINGLE], rounds=rounds, device=device)
+    return [Peer(n, calls[n]) for n in SINGLE]
 
 
 def _prompt(model: Any, batch: int, device: str) -> Tensor:
@@ -222,8 +222,12 @@ def _judge(name: str, batch: int, rows: list[Row], remaining: float, remarks: li
             )
 
 
-def _tuned(model: Any, batch: int, device: str, rounds: int, rows: list[Row], result: Result) -> list[Row]:
-    """Steps through the held-out text with the thresholds that were kept, against what their parts cost."""
+def _tuned(model: Any, batch: int, device: str, rounds: int, result: Result) -> list[Row]:
+    """Steps through the held-out text with the thresholds that were kept, against what their parts cost.
+
+    The parts are measured again beside each, because a processor is not as fast a minute later, and as many times in a
+    row, because the second step finds its weights in the processor's caches.
+    """
     try:
         kept = newest("exit_quality")
     except FileNotFoundError as error:
@@ -234,6 +238,7 @@ def _tuned(model: Any, batch: int, device: str, rounds: int, rows: list[Row], re
         return []
     cut = exit_quality.windows(tinylm.load()[1], False)[exit_quality.ROWS :][:batch]
     ids = torch.stack([window.inputs for window in cut]).to(device)
+    parts = [Peer(part.name, functools.partial(_repeated, part.call)) for part in _single(model, batch, device)]
     found: list[Row] = []
     for line in kept["figures"]:
         if not line["goal"]:
@@ -249,9 +254,9 @@ def _tuned(model: Any, batch: int, device: str, rounds: int, rows: list[Row], re
         call()
         histogram = depths(counters(DepthCounter, owner_of(compiled)))
         peer = Peer(f"tuned {line['confidence']} {line['goal']}", call)
-        (row,) = measure(f"{STEPS} tokens, batch {batch}", [peer], rounds=rounds, device=device)
+        row, *rows = measure(f"{STEPS} tokens, batch {batch}", [peer, *parts], rounds=rounds, device=device)
         row.ratio = row.ratio_low = row.ratio_high = None
-        row.bound = STEPS * _predicted(histogram, line["confidence"], model.config.num_hidden_layers, rows)
+        row.bound = _predicted(histogram, line["confidence"], model.config.num_hidden_layers, rows)
         depth = sum(n * count for n, count in histogram.items()) / sum(histogram.values())
         result.figures.append({
             "tuned": f"{line['confidence']}, {line['goal']}", "batch": batch, "mean depth of these steps": depth,
@@ -261,8 +266,13 @@ def _tuned(model: Any, batch: int, device: str, rounds: int, rows: list[Row], re
     return found
 
 
+def _repeated(call: Callable[[], Any]) -> None:
+    for _ in range(STEPS):
+        call()
+
+
 def _predicted(histogram: dict[int, int], confidence: str, layers: int, rows: list[Row]) -> float:
-    """Seconds of a step: the model without layers, the layers that ran, rows propagated for others, and checks."""
+    """Seconds of all steps: the model without layers, the layers that ran, rows propagated for others, and checks."""
     seconds = {row.peer: row.median for row in rows}
     middle = layers // 2
     layer = (seconds["plain"] - seconds["truncated"]) / (layers - middle)

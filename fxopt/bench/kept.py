@@ -50,7 +50,8 @@ def markdown(result: dict[str, Any]) -> str:
     said = "; ".join(result["remarks"])
     return "\n".join([
         *lines, "",
-        f"`{result['command']}`, {machine['date']}, {machine['device']}, {threads}, torch {machine['torch']}. {said}.",
+        f"`{result['command']}`, {machine['date']}, {machine['device']}, {threads}, torch {machine['torch']}."
+        + (f" {said}." if said else ""),
     ])  # fmt: skip
 
 
