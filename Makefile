@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/fxopt demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m slow
