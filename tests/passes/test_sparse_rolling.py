@@ -54,6 +54,26 @@ def test_many_times_the_window(name, eager_lowering):
     assert graph.count("sparse_attention") == len(cache.layers)
 
 
+@pytest.mark.slow
+def test_generates_through_inductor():
+    """Real `generate` over three times the cache: what the reference gives on a cache that keeps everything."""
+    ids = tokens(10)
+
+    def generated(model, cache):
+        with torch.no_grad():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=40, min_new_tokens=40,
+                do_sample=False, output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        return torch.stack(out.logits)
+
+    reference = fxopt.reference(TINY["llama"](), ROLLING)
+    meant = generated(reference, DynamicCache(config=reference.config))
+    model = fxopt.compile(TINY["llama"](), ROLLING, strict=True)
+    torch.testing.assert_close(generated(model, static(model)), meant, rtol=0, atol=1e-5)
+    assert len(fxopt.report(model).graphs) == 2  # a prompt and a step, which serves them all
+
+
 def test_positions_count_inside_the_cache(eager_lowering):
     """In a model of one layer what is cached depends on nothing before it: a step equals a short text of its own."""
     torch._dynamo.reset()
