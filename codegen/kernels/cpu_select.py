@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxopt.codegen.kernels.cpu_attention import STORED, built
 from fxopt.codegen.kernels.cpu_attention_source import HELPERS, LANES, LOADS, TYPES
-from fxopt.codegen.kernels.cpu_select_source import BOUNDS, CODES, FEATURES, HEADER, LOAD_HALVES, NUMBERS, TOP
+from fxopt.codegen.kernels.cpu_select_source import BOUNDS, CODES, FEATURES, HEADER, NUMBERS, TOP
 
 AHEAD = 8
 """Pages of bounds that are fetched ahead; measured: docs/decisions.md."""
@@ -102,8 +102,6 @@ def _bounds(dtype: torch.dtype, kept: torch.dtype, width: int, tile: int) -> Cal
     stored, of_bounds = STORED[dtype], STORED[kept]
     name = f"cpu_bounds_{_short(dtype)}_{_short(kept)}_d{width}_t{tile}"
     text = _start(name, "bounds of pages", stored, of_bounds, width, tile)
-    if of_bounds != stored:
-        text += LOAD_HALVES
     types = [f"const {stored}*", f"const {of_bounds}*", "float*", *["int64_t"] * 8]
     return built(name, types, text + BOUNDS.format(ahead=AHEAD))
 
@@ -126,7 +124,7 @@ def _best() -> Callable[..., Any] | None:
 
 def _start(name: str, what: str, stored: str, kept: str, width: int, tile: int) -> str:
     header = HEADER.format(name=name, what=what, head_dim=width, tile=tile, stored=stored, kept=kept)
-    return header + TYPES + LOADS[stored] + HELPERS
+    return header + TYPES + LOADS["uint16_t"] + HELPERS  # reads float32 too: bfloat16 bounds lie beside such a cache
 
 
 def _short(dtype: torch.dtype) -> str:

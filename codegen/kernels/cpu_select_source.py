@@ -31,15 +31,6 @@ static inline float number(uint16_t x) {
 }
 """
 
-LOAD_HALVES = """
-static inline Vec load(const uint16_t* p) {
-  Halves h; std::memcpy(&h, p, sizeof h);
-  UInt bits = __builtin_convertvector(h, UInt) << 16;
-  Vec v; std::memcpy(&v, &bits, sizeof v); return v;
-}
-"""
-"""bfloat16 bounds beside a float32 cache."""
-
 BOUNDS = """
 constexpr int AHEAD = {ahead};  // pages that are fetched ahead
 
