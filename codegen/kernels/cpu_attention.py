@@ -88,7 +88,7 @@ def _variant(
     rows = heads // kv_heads * tokens
     if rows > MOST_ROWS[dtypes[0]] or any(step[3] != 1 for step in steps):
         return None
-    return CpuAttention(dtypes[0], width, value_width, 4 if rows > 2 else rows, capped)
+    return CpuAttention(dtypes[0], width, value_width, tile_of(rows), capped)
 
 
 def run(
@@ -181,6 +181,11 @@ def _call(
         (batch, kv_heads, group, tokens),
         (*steps[0][:3], *steps[1][:3], *steps[2][:3], *mask_steps, kind, int(sinks is not None)),
     )  # fmt: skip
+
+
+def tile_of(rows: int) -> int:
+    """Query rows that share a pass, of so many: 1, 2 or 4."""
+    return 4 if rows > 2 else rows
 
 
 @functools.cache

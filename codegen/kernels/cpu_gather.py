@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.codegen.kernels.cpu_attention import SPLIT, STORED, CpuAttention, built
+from fxopt.codegen.kernels.cpu_attention import SPLIT, STORED, CpuAttention, built, tile_of
 from fxopt.codegen.kernels.cpu_attention_source import HELPERS, LANES, LOADS, TYPES
 from fxopt.codegen.kernels.cpu_gather_source import BODY, HEADER
 
@@ -39,7 +39,7 @@ def attend(
     if mask is not None and (mask.ndim > 4 or mask.shape[-1] != key.shape[2]):
         return None
     group = heads // kv_heads
-    variant = CpuAttention(query.dtype, width, value_width, 4 if group > 2 else group, soft_cap > 0)
+    variant = CpuAttention(query.dtype, width, value_width, tile_of(group), soft_cap > 0)
     kernel = _attend(variant)
     if kernel is None:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxopt.codegen.kernels.cpu_attention import STORED, built
+from fxopt.codegen.kernels.cpu_attention import STORED, built, tile_of
 from fxopt.codegen.kernels.cpu_attention_source import HELPERS, LANES, LOADS, TYPES
 from fxopt.codegen.kernels.cpu_select_source import BOUNDS, CODES, FEATURES, HEADER, NUMBERS, TOP
 
@@ -33,7 +33,7 @@ def page_bounds(query: Tensor, bounds: Tensor, used: int) -> Tensor | None:
     if query.stride(3) != 1 or not bounds.is_contiguous():
         return None
     group = heads // kv_heads
-    kernel = _bounds(query.dtype, bounds.dtype, width, _tile(group))
+    kernel = _bounds(query.dtype, bounds.dtype, width, tile_of(group))
     if kernel is None:
         return None
     scores = torch.empty(batch, kv_heads, pages)
@@ -57,7 +57,7 @@ def feature_scores(
         return None
     length = length * 2 if bits == 4 else length
     group = heads // kv_heads
-    kernel = _features(query.dtype, kept_type, width, _tile(group), bits)
+    kernel = _features(query.dtype, kept_type, width, tile_of(group), bits)
     if kernel is None:
         return None
     scores = torch.empty(batch, kv_heads, length)
@@ -90,11 +90,6 @@ def best(scores: Tensor, bias: Tensor, used: int, count: int, counts: Sequence[i
         count, 0 if bias.shape[0] == 1 else bias.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return index, valid
-
-
-def _tile(group: int) -> int:
-    """Query heads that share a pass: 1, 2 or 4."""
-    return 4 if group > 2 else group
 
 
 @functools.cache
