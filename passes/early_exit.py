@@ -196,7 +196,7 @@ class EarlyExit(Technique):
         context.config_patches["unsafe_marked_cacheable_functions"] = {CONDITIONAL: "1"}
         context.note(
             stack.path,
-            "the branch of each exit is chosen on the host: one synchronisation for each exit that is reached",
+            "the branch of each exit is chosen on the host: one synchronisation for each exit",
             code="FX604",
         )  # fmt: skip
         for n, cost in zip(self.layers, costs, strict=True):

@@ -52,18 +52,15 @@ class ExitCost:
 
 
 def exit_cost(
-    after: int, layers: Sequence[Layer], sizes: Sequence[int], head: Head | None, check: Check, kept: Iterable[fx.Node]
+    after: int, layers: Sequence[Layer], sizes: Sequence[int], head: Head | None, check: Check, policy: int
 ) -> ExitCost:  # fmt: skip
-    """The cost of one exit; `kept` are the nodes that run when it is taken, `sizes` the bytes of each layer as it was
-    captured."""
-    kept = set(kept)
-    inside = {node for layer in layers[after:] for node in layer.nodes}
+    """The cost of one exit; `sizes` are the bytes of each layer as it was captured, `policy` those read for caches."""
     return ExitCost(
         after=after,
         layers=len(layers),
         check=weight_bytes(check.nodes),
         remaining=sum(sizes[after:]),
-        policy=weight_bytes(kept & inside),
+        policy=policy,
         head=weight_bytes(head.nodes) if head is not None else 0,
         reused=check.logits is not None,
     )

@@ -1,7 +1,13 @@
-"""Put the exits of one graph into it: a check after each of the layers, and a ``torch.cond`` for what follows.
+"""Put the exits of one graph into it: a check after each of the layers, and a ``torch.cond`` for what follows it.
 
-Exits nest: what follows the second is a part of what follows the first. So every exit branch is outlined from the
-graph as it stands, and the conditionals are inserted from the last exit to the first.
+With exits after layers 6 and 8 of 12::
+
+    h6 -> check -> pred6
+    h8, pred8 = cond(pred6, pass, layers 7 to 8 and the check after them)
+    logits    = cond(pred8, pass, layers 9 to 12 and the head)
+
+A chain, not a nest: a conditional within a branch must not write caches in place, in any version of torch. ``pass``
+hands on the state, the decision and the logits of the exit that was taken, and updates the caches of its layers.
 """
 
 from __future__ import annotations
@@ -42,12 +48,9 @@ def insert_exits(
     first = setting.layers[0]
     # Asked while the layers are as they were captured: writes that move and rows that are held hide them.
     cached = {index for index, layer in enumerate(layers) if cache_rows.new_rows(layer)}
-    trial = find_region(graph, layers[first - 1].output, (), ())
+    trial = find_region(graph, layers[first - 1].output, ())
     exit_nodes(trial, _identity(steps, first), layers)
-    # Exits nest, and a cond inside a branch may not write in any version of torch: it is functionalised without the
-    # mode that knows of writes ("cond_true might be modifying the input!").
-    written = trial.effects and (len(setting.layers) > 1 or not compat.cond_may_write())
-    late = defer_writes(graph, layers[first:], rewriter) if written else []
+    late = [] if compat.cond_may_write() or not trial.effects else defer_writes(trial.effects, rewriter)
     sizes = [weight_bytes(layer.nodes) for layer in layers]
     checker = Checker(setting, stack, head, own, rewriter)
     checks: list[Check] = []
@@ -57,54 +60,79 @@ def insert_exits(
         if setting.rows == "each":
             until = setting.layers[number + 1] if number + 1 < len(setting.layers) else len(layers)
             within |= _hold(range(n, until), cached, checks[-1].exited, stack, stream, steps, context)
-    kept_logits = _keep_logits(setting, head, own, checker, checks, stream) if setting.rows == "each" else {}
+    if setting.rows == "each":
+        _keep_logits(setting, head, own, checker, checks, stream)
     output = next(iter(graph.find_nodes(op="output")))
-    output.args = ((*_results(output), checks[-1].level),)  # until the branches have joined
-    costs, prepared = [], []
-    for n, check in zip(setting.layers, checks, strict=True):
-        alias = _identity(steps, n)
-        temporary: list[fx.Node] = []
-        if head is not None:
-            logits = check.logits
-            if n in own.heads and logits is None:
-                logits, temporary = checker.full_logits(n, stream[n])
-            if logits is not None:
-                alias[head.logits] = logits
-        for later, (merged, before) in kept_logits.items():
-            if later > n:
-                alias[merged] = before
-        if check is not checks[-1]:
-            alias[checks[-1].level] = check.level
-        region = find_region(graph, stream[n], check.nodes, late, within)
-        kept = exit_nodes(region, alias, layers)
-        costs.append(exit_cost(n, layers, sizes, head, check, kept))
-        prepared.append((region.results, outline(kept, region.results, alias)))
-        rewriter.erase(temporary)  # of the branch alone
-    # Innermost first: the conditional of a later exit becomes part of the run branch of the one before it.
-    standing: dict[fx.Node, fx.Node] = {}
+    output.args = ((*_results(output), checks[-1].level),)  # until it is counted
+    carried = all(c.logits is not None for c in checks) and (
+        setting.rows == "all" or not own.heads or all(n in own.heads for n in setting.layers)
+    )
+    costs: list[ExitCost] = []
+    inside = {node for layer in layers for node in layer.nodes}
+    policy = 0
     for number in reversed(range(len(checks))):
-        results, branch = prepared[number]
-        region = find_region(graph, stream[setting.layers[number]], checks[number].nodes, late, within)
-        now = [standing.get(r, r) for r in results]
-        before = late[0] if late else output
-        parts = insert_cond(region, now, checks[number].predicate, branch, rewriter, f"exit_{number}", before)
-        standing.update(zip(results, parts, strict=True))
+        n, check = setting.layers[number], checks[number]
+        following = checks[number + 1] if number + 1 < len(checks) else None
+        alias = _identity(steps, n)
+        known = set(graph.nodes)
+        chosen = None
+        if following is not None:
+            alias |= _passing(check, following, logits=carried)
+        elif head is not None and carried:
+            assert check.logits is not None
+            alias[head.logits] = check.logits
+        elif head is not None and own.heads and setting.rows == "all":
+            chosen = _chosen_logits(setting.layers, head, own, checker, checks, stream[n])
+        temporary = [node for node in graph.nodes if node not in known]
+        order = list(graph.nodes)
+        last = [*late, output][0] if following is None else max(following.nodes, key=order.index).next
+        apart = {*check.nodes, *order[order.index(last) :]}
+        passing = find_region(graph, stream[n], apart, within)
+        region = find_region(graph, stream[n], {*apart, *temporary}, within)
+        if chosen is not None and head is not None:
+            passing.results = [chosen if node is head.logits else node for node in region.results]
+        kept = exit_nodes(passing, alias, layers)
+        branch = outline(kept, passing.results, alias)
+        policy += weight_bytes(node for node in kept if node in inside)
+        costs.append(exit_cost(n, layers, sizes, head, check, policy))
+        rewriter.erase(temporary)
+        insert_cond(region, check.predicate, branch, rewriter, f"exit_{number}", last)
     *results_left, level = _results(output)
     output.args = (tuple(results_left),)
-    return costs, level
+    return costs[::-1], level
+
+
+def _passing(check: Check, following: Check, *, logits: bool) -> dict[fx.Node, fx.Node]:
+    """What stands for the results of the next check where this exit, or one before it, was taken."""
+    names = ("predicate", "exited", "level", "choice", "run", *(["logits"] if logits else []))
+    pairs = [(getattr(following, name), getattr(check, name)) for name in names]
+    return {later: earlier for later, earlier in pairs if later is not None}
+
+
+def _chosen_logits(
+    counts: Sequence[int], head: Head, own: OwnModules, checker: Checker, checks: list[Check], state: fx.Node
+) -> fx.Node:
+    """What the head of the exit that was taken, its own or the model's, says of the state that the rows left with."""
+    chosen: fx.Node | None = None
+    for n, check in reversed(list(zip(counts, checks, strict=True))):
+        mine = checker.full_logits(n, state)[0] if n in own.heads else head.logits
+        if chosen is None:
+            chosen = mine
+        elif mine is not chosen:
+            chosen = checker.putting(head.logits, after=head.logits)(torch.where, [check.predicate, mine, chosen])
+    assert chosen is not None
+    return chosen
 
 
 def _keep_logits(
     setting: EarlyExit, head: Head | None, own: OwnModules, checker: Checker, checks: list[Check], stream: list[fx.Node]
-) -> dict[int, tuple[fx.Node, fx.Node]]:
+) -> None:
     """Let rows that left at an exit with a head of its own have that head's logits, whatever runs for others.
 
     A row that left by the model's own head needs nothing: that head, at the end, reads the state that was frozen.
-    Returns, by exit, the merged logits and those before it was merged.
     """
-    merged: dict[int, tuple[fx.Node, fx.Node]] = {}
     if head is None:
-        return merged
+        return
     logits, rewriter = head.logits, checker.rewriter
     for number, n in enumerate(setting.layers):
         if n not in own.heads:
@@ -124,11 +152,8 @@ def _keep_logits(
         known = set(rewriter.graph.nodes)
         result = put(choose, [check.logits, logits, *newly])
         fresh = {node for node in rewriter.graph.nodes if node not in known}
-        before = logits
-        rewriter.replace(before, result, only=lambda user, fresh=fresh: user not in fresh)  # type: ignore[misc]
-        merged[n] = (result, before)
+        rewriter.replace(logits, result, only=lambda user, fresh=fresh: user not in fresh)  # type: ignore[misc]
         logits = result
-    return merged
 
 
 def _steps(layers: Sequence[Layer], stream: Sequence[fx.Node]) -> dict[int, tuple[int, fx.Node, fx.Node]]:

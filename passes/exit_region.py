@@ -14,9 +14,9 @@ After::
 input: the cache updates, which then read h1 through each layer's own norm and projections (KV policy ``propagate``),
 and the outputs. Only the branch that is taken runs.
 
-A branch may write its operands in place from torch 2.12 on, a branch within a branch (the second exit) in no version.
-Otherwise the writes are made after the branches join: each branch returns the rows, and attention reads a copy of the
-cache that holds them.
+A branch may write its operands in place from torch 2.12 on. Before, the writes are made after the branches join: each
+branch returns the rows, and attention reads a copy of the cache that holds them. :mod:`fxopt.passes.exit_insert` says
+what becomes of several exits.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import copy
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -47,8 +48,7 @@ class RegionError(Exception):
 class Region:
     """What follows an exit and depends on it.
 
-    ``nodes`` in graph order; ``results`` are read by the graph's output or by writes that come after the branches;
-    ``effects`` write memory from outside of the region.
+    ``nodes`` in graph order; ``results`` are read by what stays outside; ``effects`` write memory from outside.
     """
 
     state: fx.Node
@@ -70,19 +70,17 @@ def written_memory(node: fx.Node) -> fx.Node | None:
 
 
 def find_region(
-    graph: fx.Graph, state: fx.Node, apart: Collection[fx.Node], late: Collection[fx.Node],
-    within: Collection[fx.Node] = (),
-) -> Region:  # fmt: skip
-    """The nodes after `state` that depend on it, through data or through memory; `apart` (the check of this exit) and
-    `late` (writes after the branches) stay outside, and `within` inside, whatever they depend on. Raises
-    :class:`RegionError` where order would be lost."""
+    graph: fx.Graph, state: fx.Node, apart: Collection[fx.Node], within: Collection[fx.Node] = ()
+) -> Region:
+    """The nodes after `state` that depend on it, through data or through memory; those in `apart` stay outside, and
+    those in `within` inside, whatever they depend on. Raises :class:`RegionError` where order would be lost."""
     order = list(graph.nodes)
     start = order.index(state)
     inside: dict[fx.Node, None] = {}
     tainted: set[fx.Node] = set()
     left: list[fx.Node] = []
     for node in order[start + 1 :]:
-        if node.op in ("placeholder", "output") or node in apart or node in late:
+        if node.op in ("placeholder", "output") or node in apart:
             continue
         if op_name(node) in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
             raise RegionError("FX101", node, f"{op_name(node)} stands between the layers after the exit")
@@ -97,7 +95,7 @@ def find_region(
             left.append(node)
     _check_order(order, inside, left)
     members = set(inside)
-    results = [n for n in inside if any(user.op == "output" or user in late for user in n.users)]
+    results = [n for n in inside if any(user not in members for user in n.users)]
     effects = [n for n in inside if (target := written_memory(n)) is not None and target not in members]
     return Region(state, list(inside), results, effects)
 
@@ -121,44 +119,45 @@ def _check_order(order: list[fx.Node], inside: Mapping[fx.Node, None], left: lis
 # -- writes after the branches --------------------------------------------------------------------------------------
 
 
-def defer_writes(graph: fx.Graph, layers: Sequence[Layer], rewriter: Rewriter) -> list[fx.Node]:
-    """Move the cache writes of `layers` to the end of the graph and let attention read a copy with the new rows."""
+def defer_writes(writes: Sequence[fx.Node], rewriter: Rewriter) -> list[fx.Node]:
+    """Move cache writes to the end of the graph and let attention read a copy with the new rows."""
+    graph = rewriter.graph
+    for node in writes:
+        if op_name(node) != "index_copy_" or not _is_cache(node.args[0]):
+            raise RegionError(
+                "FX208", node, f"{op_name(node)} updates the cache in place, which torch.cond refuses in its branches "
+                f"before torch 2.12 (this is {torch.__version__})"
+            )  # fmt: skip
     output = next(iter(graph.find_nodes(op="output")))
     deferred: list[fx.Node] = []
-    for layer in layers:
-        for node in [n for n in layer.nodes if n.graph is graph]:
-            target = written_memory(node)
-            if target is None or not _is_cache(target):
-                continue
-            if op_name(node) != "index_copy_" or node.args[0] is not target:
-                raise RegionError(
-                    "FX208", node, f"{op_name(node)} updates the cache in place, which torch.cond refuses in its "
-                    f"branches before torch 2.12 (this is {torch.__version__}), and in those of a second exit in any; "
-                    "use one exit"
-                )  # fmt: skip
-            copied = rewriter.method("index_copy", node.args, node.kwargs, like=node, before=node)
-            position = {n: i for i, n in enumerate(graph.nodes)}
-            here = position[node]
-            readers = [
-                (user, read)
-                for read in (target, node)
-                for user in list(read.users)
-                if user is not copied and user is not node and position[user] > here
-            ]
-            late = rewriter.method("index_copy_", node.args, node.kwargs, like=node, before=output)
-            for user, read in readers:
-                if user is not late and user.op != "output":
-                    user.replace_input_with(read, copied)
-            if any(user.op == "output" for user in node.users):
-                output.replace_input_with(node, late)
-            rewriter.erase([node])
-            deferred.append(late)
+    for node in writes:
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        copied = rewriter.method("index_copy", node.args, node.kwargs, like=node, before=node)
+        position = {n: i for i, n in enumerate(graph.nodes)}
+        here = position[node]
+        readers = [
+            (user, read)
+            for read in (target, node)
+            for user in list(read.users)
+            if user is not copied and user is not node and position[user] > here
+        ]
+        late = rewriter.method("index_copy_", node.args, node.kwargs, like=node, before=output)
+        for user, read in readers:
+            if user is not late and user.op != "output":
+                user.replace_input_with(read, copied)
+        if any(user.op == "output" for user in node.users):
+            output.replace_input_with(node, late)
+        rewriter.erase([node])
+        deferred.append(late)
     return deferred
 
 
-def _is_cache(node: fx.Node) -> bool:
+def _is_cache(node: Any) -> bool:
+    """Whether a node is a cache itself, not a view of one: ``[B, H, S, D]`` in floating point."""
     tensor = depth.value(node)
-    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.ndim == 4
+    whole = isinstance(node, fx.Node) and depth.base(node) is node
+    return whole and isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.ndim == 4
 
 
 # -- branches -------------------------------------------------------------------------------------------------------
@@ -263,11 +262,10 @@ def _module(part: Branch, operands: Sequence[fx.Node], owner: torch.nn.Module) -
 
 
 def insert_cond(
-    region: Region, results: Sequence[fx.Node], predicate: fx.Node, exit_branch: Branch, rewriter: Rewriter, label: str,
-    before: fx.Node,
-) -> list[fx.Node]:  # fmt: skip
-    """Replace a region by the cond of its branches, inserted before a node; returns what now stands for `results`."""
-    graph = rewriter.graph
+    region: Region, predicate: fx.Node, exit_branch: Branch, rewriter: Rewriter, label: str, before: fx.Node
+) -> None:
+    """Replace a region by the cond of its branches, inserted before a node."""
+    graph, results = rewriter.graph, region.results
     owner = graph.owning_module
     if owner is None:
         raise RegionError("FX105", region.state, "the graph belongs to no module that could own the branches")
@@ -290,14 +288,12 @@ def insert_cond(
         cond = graph.call_function(torch.ops.higher_order.cond, (predicate, *taken, tuple(operands)))
     cond.meta["example_value"] = tuple(depth.value(node) for node in results)
     _stamp(cond, [region.state, *region.nodes], rewriter)
-    parts = []
     for number, node in enumerate(results):
         with graph.inserting_before(before):
             part_node = graph.call_function(operator.getitem, (cond, number))
         part_node.meta["example_value"] = depth.value(node)
         _stamp(part_node, [node], rewriter)
         node.replace_all_uses_with(part_node, delete_user_cb=lambda u: u not in region.members, propagate_meta=False)
-        parts.append(part_node)
     rewriter.changed = True
     for node in reversed(region.nodes):
         graph.erase_node(node)
@@ -305,7 +301,6 @@ def insert_cond(
         if not node.users:
             graph.erase_node(node)
             delattr(owner, str(node.target))
-    return parts
 
 
 def _stamp(node: fx.Node, sources: list[fx.Node], rewriter: Rewriter) -> None:

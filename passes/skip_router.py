@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -210,11 +210,9 @@ def _route(layer: Layer, router: Router, context: PassContext) -> bool:
         rewriter.replace(layer.output, kept, only=lambda user: user is not kept)
     alias[kept] = layer.input
     order = list(graph.nodes)
-    region = find_region(graph, layer.input, decision | set(order[order.index(following) :]), (), within)
-    results = [n for n in region.nodes if any(user not in region.members for user in n.users)]
-    region = replace(region, results=results)
-    passing = outline(exit_nodes(region, alias, [layer]), results, alias)
-    insert_cond(region, results, nobody, passing, rewriter, f"route_{layer.index}", following)
+    region = find_region(graph, layer.input, decision | set(order[order.index(following) :]), within)
+    passing = outline(exit_nodes(region, alias, [layer]), region.results, alias)
+    insert_cond(region, nobody, passing, rewriter, f"route_{layer.index}", following)
     return done is not None
 
 

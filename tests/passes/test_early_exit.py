@@ -220,7 +220,7 @@ def test_counts_the_depth_of_every_row(captured):
 
 
 def test_writes_after_the_branches_compute_the_same(captured, monkeypatch):
-    """The form for versions of torch whose branches must not write: the same tokens, and no write in a branch."""
+    """The form for torch 2.11, whose branches must not write: the same tokens, and no write in a branch."""
     monkeypatch.setattr("fxopt.codegen.compat.cond_may_write", lambda: False)
     technique = EarlyExit(layers=(1, 2), confidence="margin", threshold=0.1, rows="each")
     compare(captured, technique, "static")
@@ -250,11 +250,11 @@ def test_training_is_blocked():
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["static"])
 def test_decode_steps_through_inductor(cache):
-    """The conditional with cache writes in its branches, as Inductor lowers it; compiling again hits the cache."""
+    """Two conditionals with cache writes in their branches, as Inductor lowers it; compiling again hits the cache."""
     from torch._dynamo.utils import counters
     from transformers import StaticCache
 
-    technique = EarlyExit(layers=(1,), confidence="margin", threshold=0.1, rows="each")
+    technique = EarlyExit(layers=(1, 2), confidence="margin", threshold=0.1, rows="each")
     with torch.no_grad(), torch._inductor.utils.fresh_cache():
         for attempt in ("miss", "hit"):
             torch._dynamo.reset()
