@@ -119,8 +119,9 @@ def attention_ahead(
         built, found = attention_variants.kernels(variant, TARGETS[target][0]), {}
         for symbol in attention_variants.kernel_names(variant):
             types, constants, aligned = attention_variants.signature(variant, symbol)
-            warps = tiles.num_warps if symbol.endswith("split") else attention_variants.COMBINE_WARPS
-            found[symbol] = cross_compile(built[symbol], types, constants, target, warps, tiles.num_stages, aligned)
+            found[symbol] = cross_compile(
+                built[symbol], types, constants, target, tiles.num_warps, tiles.num_stages, aligned
+            )
         return found
 
     configuration = {**tiles._asdict(), "split_size": variant.split_size, "softmax": variant.softmax}

@@ -26,6 +26,7 @@ from fxopt.codegen import lowering
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.prologue import NormMatch, match_norm
 from fxopt.codegen.ops import routing as _routing  # noqa: F401  registers the operators
+from fxopt.passes import depth
 from fxopt.passes.context import PassContext
 from fxopt.passes.mod_reference import DECIDES, ONLY_IF, ROUTED
 from fxopt.passes.nodes import argument, is_tensor, name_of, value_of
@@ -52,7 +53,7 @@ def marked_nodes(graph: fx.Graph, context: PassContext, key: str) -> dict[str, l
 
 
 def skip_where_not_needed(graph: fx.Graph, context: PassContext) -> dict[str, tuple[int, int]]:
-    """Give linears the decision that stands for their part; by part, how many of how many products were given it."""
+    """Give linears the decision of their part; by part, how many of how many products with weights were given it."""
     if context.training:
         return {}  # the operator has no gradient
     decisions = {
@@ -62,7 +63,10 @@ def skip_where_not_needed(graph: fx.Graph, context: PassContext) -> dict[str, tu
     done: dict[str, tuple[int, int]] = {}
     for part, nodes in marked_nodes(graph, context, ONLY_IF).items():
         needed = decisions.get(part)
-        products = [n for n in nodes if name_of(n) in ("linear", "addmm", "matmul", "mm", "bmm", "einsum")]
+        products = [
+            n for n in nodes if name_of(n) in ("linear", "addmm", "matmul", "mm", "bmm", "einsum")
+            and any(isinstance(value_of(depth.base(given)), torch.nn.Parameter) for given in n.all_input_nodes)
+        ]  # fmt: skip
         given = 0 if needed is None else sum(_give(node, needed, context) for node in products)
         done[part] = (given, len(products))
     return done

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxopt.codegen import compat
-from fxopt.codegen.kernels.attention_variants import COMBINE_WARPS, DecodeAttention, config, kernels
+from fxopt.codegen.kernels.attention_variants import DecodeAttention, config, kernels
 
 __all__ = ["DecodeAttention", "Partials", "decode_attention", "empty_partials"]
 
@@ -219,7 +219,6 @@ def decode_attention(
     if out.numel():
         with torch.cuda.device_of(q):
             for symbol, kernel in functions.items():
-                options = {"num_warps": tiles.num_warps} if symbol.endswith("split") else {"num_warps": COMBINE_WARPS}
                 given = {name: arguments[name] for name in kernel.arg_names}
-                kernel[grids[symbol.rpartition("_")[2]]](**given, **options)
+                kernel[grids[symbol.rpartition("_")[2]]](**given, num_warps=tiles.num_warps)
     return out, counter

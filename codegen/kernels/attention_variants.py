@@ -17,7 +17,6 @@ from fxopt.codegen.source import fill, load_kernel, write_source
 LOG2E = math.log2(math.e)
 LANES = 16
 """Splits that the combine kernel sums side by side."""
-COMBINE_WARPS = 4
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 

@@ -51,7 +51,7 @@ def compiled(desc: DecodeAttention, symbol: str, target: str) -> CompiledInfo:
         types,
         constants,
         target,
-        num_warps=tiles.num_warps if symbol.endswith("split") else attention.COMBINE_WARPS,
+        num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         aligned=aligned,
     )

@@ -82,9 +82,8 @@ def attention_info(desc: DecodeAttention, symbol: str, target: str) -> CompiledI
     backend = TARGETS[target][0]
     types, constants, aligned = attention.signature(desc, symbol)
     tiles = attention.config(desc, backend)
-    warps = tiles.num_warps if symbol.endswith("split") else attention.COMBINE_WARPS
     kernel = attention.kernels(desc, backend)[symbol]
-    return cross_compile(kernel, types, constants, target, warps, tiles.num_stages, aligned)
+    return cross_compile(kernel, types, constants, target, tiles.num_warps, tiles.num_stages, aligned)
 
 
 def pointers(kinds: dict[str, str], names: list[str], element: str) -> dict[str, str]:

@@ -139,9 +139,8 @@ def test_what_is_known_of_masks_and_caches_while_decoding(name, form):
     crossed = 3 if name in ("t5", "bart") else 0
     assert (kinds.count("sliding"), kinds.count("fixed")) == (windows, crossed)
     assert kinds.count("static") == STATIC[name][1] - windows
-    own = [facts_of(s.mask).kind for s in sites if cache_of(s).kind != "fixed" and s.mask is not None]
-    assert set(own) == {"input"}
-    assert len(own) == STATIC[name][1]
+    own = [{facts_of(bias.node).kind for bias in s.biases} for s in sites if cache_of(s).kind != "fixed"]
+    assert own == [{"input"}] * STATIC[name][1]
     assert not near
 
 
