@@ -42,8 +42,6 @@ EFFICIENCY = 0.9
 STEPS = 24
 PARTS = {"model": "tinylm", "vocabulary": "vocabulary", "tuned": "tinylm"}
 """Each is kept as a suite of its own; the model that it measures."""
-SINGLE = ("plain", "truncated", "propagation", "one check")
-"""Peers whose times make up what a tuned exit is predicted to take."""
 
 
 class Propagation(nn.Module):
@@ -97,15 +95,15 @@ class Segment(nn.Module):
 
 
 class HeadCheck(nn.Module):
-    """What one exit with ``confidence="max"`` reads when it is not taken: the final norm, the head, one softmax."""
+    """What one exit reads when it is not taken: the final norm, the head, and a confidence ``[B, V]`` to ``[B]``."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, confidence: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.norm, self.head = model.model.norm, model.lm_head
+        self.norm, self.head, self.confidence = model.model.norm, model.lm_head, confidence
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [B, 1, W] to [B]"""
-        return measures.largest(self.head(self.norm(hidden))[:, -1])
+        return self.confidence(self.head(self.norm(hidden))[:, -1])
 
 
 def run(
@@ -179,14 +177,17 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, result: R
     return rows
 
 
-def _single(model: Any, batch: int, device: str) -> list[Peer]:
-    """A step of the plain and of the truncated model, the propagation and one check."""
+def _alone(model: Any, ids: Tensor) -> list[Peer]:
+    """What a tuned exit's time is made of, over the same tokens: the plain and the truncated model, the propagation and
+    one check."""
     middle = model.config.num_hidden_layers // 2
-    ids = _prompt(model, batch, device)
     whole = fxopt_compile(shared_copy(model))
     half = fxopt_compile(reference(model, EarlyExit((middle,), "max", 0.0, kv="none")))
-    calls = {"plain": _decode(whole, ids), "truncated": _decode(half, ids), **_parts(model, middle, ids)}
-    return [Peer(n, calls[n]) for n in SINGLE]
+    parts = _parts(model, middle, ids[:, : exit_quality.PROMPT], measures.margin)
+    return [
+        Peer("plain", _text(whole, ids)), Peer("truncated", _text(half, ids)),
+        *(Peer(name, functools.partial(_repeated, call)) for name, call in parts.items()),
+    ]  # fmt: skip
 
 
 def _prompt(model: Any, batch: int, device: str) -> Tensor:
@@ -225,8 +226,8 @@ def _judge(name: str, batch: int, rows: list[Row], remaining: float, remarks: li
 def _tuned(model: Any, batch: int, device: str, rounds: int, result: Result) -> list[Row]:
     """Steps through the held-out text with the thresholds that were kept, against what their parts cost.
 
-    The parts are measured again beside each, because a processor is not as fast a minute later, and as many times in a
-    row, because the second step finds its weights in the processor's caches.
+    The parts are measured again beside each, because a processor is not as fast a minute later, and on as many tokens
+    in a row, because the second step finds its weights in the processor's caches.
     """
     try:
         kept = newest("exit_quality")
@@ -238,7 +239,7 @@ def _tuned(model: Any, batch: int, device: str, rounds: int, result: Result) -> 
         return []
     cut = exit_quality.windows(tinylm.load()[1], False)[exit_quality.ROWS :][:batch]
     ids = torch.stack([window.inputs for window in cut]).to(device)
-    parts = [Peer(part.name, functools.partial(_repeated, part.call)) for part in _single(model, batch, device)]
+    parts = _alone(model, ids)
     found: list[Row] = []
     for line in kept["figures"]:
         if not line["goal"]:
@@ -353,7 +354,9 @@ def _segments(model: Any, middle: int, ids: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def _parts(model: Any, start: int, ids: Tensor) -> dict[str, Callable[[], Tensor]]:
+def _parts(
+    model: Any, start: int, ids: Tensor, confidence: Callable[[Tensor], Tensor] = measures.largest
+) -> dict[str, Callable[[], Tensor]]:
     """The policy and the check, measured on their own."""
     from transformers import StaticCache
 
@@ -361,7 +364,7 @@ def _parts(model: Any, start: int, ids: Tensor) -> dict[str, Callable[[], Tensor
     model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     hidden = torch.randn(len(ids), 1, model.config.hidden_size, device=ids.device)
     position = torch.full((len(ids), 1), ids.shape[1], device=ids.device)
-    propagation, check = Propagation(model, start), HeadCheck(model)
+    propagation, check = Propagation(model, start), HeadCheck(model, confidence)
     propagation.compile(backend="inductor")
     check.compile(backend="inductor")
     return {"propagation": lambda: propagation(hidden, position, cache), "one check": lambda: check(hidden)}
