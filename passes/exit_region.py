@@ -199,7 +199,7 @@ class Branch:
     graph: fx.Graph
     inputs: dict[fx.Node, fx.Node]
     attributes: list[fx.Node]
-    """``get_attr`` nodes outside that were copied in: the branches of nested exits."""
+    """``get_attr`` nodes outside that were copied in: the branches of conditionals within."""
 
 
 def outline(nodes: Sequence[fx.Node], results: Sequence[fx.Node], alias: Mapping[fx.Node, fx.Node]) -> Branch:
@@ -222,7 +222,7 @@ def outline(nodes: Sequence[fx.Node], results: Sequence[fx.Node], alias: Mapping
             known[node].meta = {k: v for k, v in node.meta.items() if k in ("example_value", "custom")}
         elif node.op == "placeholder":
             raise RegionError("FX102", node, f"{node.name} is neither a tensor nor a size")
-        else:  # shapes, types, views, branches of nested exits: made again inside
+        else:  # shapes, types, views, branches of conditionals within: made again inside
             made_inside[node] = None
             waiting.extend(resolve(a, alias) for a in node.all_input_nodes)
     source = nodes[0].graph if nodes else None

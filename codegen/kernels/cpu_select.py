@@ -20,7 +20,7 @@ from fxopt.codegen.kernels.cpu_select_source import BOUNDS, CODES, FEATURES, HEA
 AHEAD = 8
 """Pages of bounds that are fetched ahead; measured: docs/decisions.md."""
 QUANTUM = 128
-"""Positions that share one scale, as in :mod:`fxopt.codegen.ops.sparse_state`."""
+"""Positions that share one scale."""
 _KEPT = {8: (torch.int8, "int8_t"), 4: (torch.uint8, "uint8_t")}
 
 

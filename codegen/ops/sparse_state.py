@@ -12,7 +12,7 @@ keys. Up to `least` filled positions attention is dense, and nothing is read or 
 
 Features are kept as they are, or with ``bits`` 8 (int8) or 4 (uint8, two neighbouring positions a byte, the even one in
 the low half, each plus 8): then ``scales`` [B, Hkv, C, S' / 128], float32, holds absmax / 127 or absmax / 7 of each
-:data:`QUANTUM` positions of a channel (channels of keys differ in size, positions hardly: KIVI, arXiv 2402.02750). The
+``QUANTUM`` positions of a channel (channels of keys differ in size, positions hardly: KIVI, arXiv 2402.02750). The
 newest of these stretches is quantised from the keys in every step, so that steps give what one shot gives.
 """
 
@@ -21,11 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxopt.codegen.kernels.cpu_select import QUANTUM
 from fxopt.codegen.ops import LIBRARY
 from fxopt.codegen.ops.sparse_gather import filled_length
-
-QUANTUM = 128
-"""Positions that share one scale."""
 
 
 def update_page_bounds(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxopt.codegen.ops.sparse_state import QUANTUM
+from fxopt.codegen.kernels.cpu_select import QUANTUM
 from fxopt.passes.attention import AttentionSite
 from fxopt.passes.confidence import inline
 from fxopt.passes.context import PassContext

@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 import fxopt.codegen.ops.sparse_select
 import fxopt.codegen.ops.sparse_state  # noqa: F401
 from fxopt.codegen.kernels import cpu_select
-from fxopt.codegen.ops.sparse_state import QUANTUM, restored
+from fxopt.codegen.ops.sparse_state import restored
 
 OPS = torch.ops.fxopt
-
-
-def test_positions_of_a_scale():
-    assert cpu_select.QUANTUM == QUANTUM
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
@@ -63,7 +59,7 @@ def test_scores_of_tokens(case, bits, dtype, monkeypatch):
         chosen = torch.stack([torch.randperm(width, generator=generator)[:count] for _ in range(kv_heads)])
     kept = torch.int8 if bits == 8 else torch.uint8 if bits == 4 else dtype
     features = torch.zeros(batch, kv_heads, count or width, length // (2 if bits == 4 else 1), dtype=kept)
-    scales = torch.zeros(batch, kv_heads, count or width, -(-length // QUANTUM)) if bits else None
+    scales = torch.zeros(batch, kv_heads, count or width, -(-length // cpu_select.QUANTUM)) if bits else None
     extent = torch.tensor(filled)
     OPS.update_features(features, torch.tensor(-1), key, extent, chosen, scales, bits=bits)
     found = OPS.feature_scores(query, features, extent, chosen, scales, bits=bits)
