@@ -13,7 +13,6 @@ over the time taken.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -178,15 +177,16 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, result: R
 
 
 def _alone(model: Any, ids: Tensor) -> list[Peer]:
-    """What a tuned exit's time is made of, over the same tokens: the plain and the truncated model, the propagation and
-    one check."""
+    """What a tuned exit's time is made of, over the same tokens: the plain and the truncated model, and the truncated
+    model with each step followed by the propagation or by one check, which by themselves would find their weights in
+    the processor's caches."""
     middle = model.config.num_hidden_layers // 2
     whole = fxopt_compile(shared_copy(model))
     half = fxopt_compile(reference(model, EarlyExit((middle,), "max", 0.0, kv="none")))
     parts = _parts(model, middle, ids[:, : exit_quality.PROMPT], measures.margin)
     return [
         Peer("plain", _text(whole, ids)), Peer("truncated", _text(half, ids)),
-        *(Peer(name, functools.partial(_repeated, call)) for name, call in parts.items()),
+        *(Peer(name, _text(half, ids, call)) for name, call in parts.items()),
     ]  # fmt: skip
 
 
@@ -267,19 +267,14 @@ def _tuned(model: Any, batch: int, device: str, rounds: int, result: Result) -> 
     return found
 
 
-def _repeated(call: Callable[[], Any]) -> None:
-    for _ in range(STEPS):
-        call()
-
-
 def _predicted(histogram: dict[int, int], confidence: str, layers: int, rows: list[Row]) -> float:
     """Seconds of all steps: the model without layers, the layers that ran, rows propagated for others, and checks."""
     seconds = {row.peer: row.median for row in rows}
     middle = layers // 2
     layer = (seconds["plain"] - seconds["truncated"]) / (layers - middle)
     rest = seconds["truncated"] - middle * layer
-    passed = seconds["propagation"] / (layers - middle)
-    check = seconds["one check"] if confidence != "state" else 0.0
+    passed = (seconds["propagation"] - seconds["truncated"]) / (layers - middle)
+    check = seconds["one check"] - seconds["truncated"] if confidence != "state" else 0.0
     total = 0.0
     for depth, count in histogram.items():
         reached = sum(n <= depth for n in exit_quality.EXITS)
@@ -289,8 +284,9 @@ def _predicted(histogram: dict[int, int], confidence: str, layers: int, rows: li
     return total / sum(histogram.values())
 
 
-def _text(model: Any, ids: Tensor) -> Callable[[], Tensor]:
-    """The next tokens of a text, one by one, on a static cache that holds what comes before; rewound after it."""
+def _text(model: Any, ids: Tensor, also: Callable[[], Any] = lambda: None) -> Callable[[], Tensor]:
+    """The next tokens of a text, one by one, on a static cache that holds what comes before; rewound after it. Each
+    step is followed by `also`."""
     from transformers import StaticCache
 
     prompt = exit_quality.PROMPT
@@ -302,6 +298,7 @@ def _text(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     def call() -> Tensor:
         for token in tokens:
             logits = model(input_ids=token, past_key_values=cache).logits
+            also()
         for layer in cache.layers:
             layer.cumulative_length.fill_(prompt)  # type: ignore[union-attr]
         return logits
