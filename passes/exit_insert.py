@@ -64,9 +64,9 @@ def insert_exits(
         _keep_logits(setting, head, own, checker, checks, stream)
     output = next(iter(graph.find_nodes(op="output")))
     output.args = ((*_results(output), checks[-1].level),)  # until it is counted
-    carried = all(c.logits is not None for c in checks) and (
-        setting.rows == "all" or not own.heads or all(n in own.heads for n in setting.layers)
-    )
+    # With rows at different depths, a row that left by the model's head must not get what another exit's own one says.
+    alike = setting.rows == "all" or not own.heads or all(n in own.heads for n in setting.layers)
+    carried = alike and all(check.logits is not None for check in checks)
     costs: list[ExitCost] = []
     inside = {node for layer in layers for node in layer.nodes}
     policy = 0
@@ -113,14 +113,10 @@ def _chosen_logits(
     counts: Sequence[int], head: Head, own: OwnModules, checker: Checker, checks: list[Check], state: fx.Node
 ) -> fx.Node:
     """What the head of the exit that was taken, its own or the model's, says of the state that the rows left with."""
-    chosen: fx.Node | None = None
-    for n, check in reversed(list(zip(counts, checks, strict=True))):
-        mine = checker.full_logits(n, state)[0] if n in own.heads else head.logits
-        if chosen is None:
-            chosen = mine
-        elif mine is not chosen:
-            chosen = checker.putting(head.logits, after=head.logits)(torch.where, [check.predicate, mine, chosen])
-    assert chosen is not None
+    said = [checker.full_logits(n, state)[0] if n in own.heads else head.logits for n in counts]
+    chosen, place = said[-1], head.logits
+    for check, mine in reversed(list(zip(checks[:-1], said[:-1], strict=True))):
+        chosen = place = checker.putting(head.logits, after=place)(torch.where, [check.predicate, mine, chosen])
     return chosen
 
 

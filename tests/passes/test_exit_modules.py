@@ -95,6 +95,32 @@ def test_a_row_that_exits_has_the_logits_of_its_own_head(eager_lowering):
         torch.testing.assert_close(meant(IDS, logits_to_keep=1).logits, wanted[:, -1:], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("taken", [1, 2, 3, 4])
+@pytest.mark.parametrize("owned", [(1, 2, 3), (1, 3), (2,)])
+def test_the_head_of_the_exit_that_was_taken_scores_a_prompt(taken, owned, eager_lowering):
+    """By hand: classifiers that are sure at one exit and behind it, and a head that only some exits have."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 128}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).eval()
+    model.heads = nn.ModuleDict({str(n): nn.Linear(64, 128) for n in owned})
+    model.exits = nn.ModuleDict({"sure": nn.ModuleDict({str(n): nn.Linear(64, 1) for n in (1, 2, 3)})})
+    for n, classifier in model.exits["sure"].items():
+        classifier.weight.zero_()
+        classifier.bias.fill_(9.0 if int(n) == taken else -9.0)
+    states = []
+    model.model.layers[taken - 1].register_forward_hook(lambda _, args, out: states.append(out))
+    model(IDS)
+    head = model.heads[str(taken)] if taken in owned else lambda h: model.lm_head(model.model.norm(h))
+    wanted = head(states[0])
+    heads = {n: f"heads.{n}" for n in owned}
+    technique = EarlyExit(layers=(1, 2, 3), head=heads, confidence="exits.sure", threshold=0.5)
+    fxopt.compile(model, technique, strict=True)
+    torch.testing.assert_close(model(IDS).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_a_file_becomes_the_models_and_is_read_once(tmp_path, eager_lowering):
     safetensors = pytest.importorskip("safetensors.torch")
     heads = {f"{n}.weight": torch.randn(128, 64, generator=torch.Generator().manual_seed(n)) for n in (1, 2)}
