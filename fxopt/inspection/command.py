@@ -33,7 +33,10 @@ def inspect(
         pathlib.Path | None, typer.Option(help="For diff: the second report; it may also follow the first.")
     ] = None,
     code: Annotated[str, typer.Option(help="For explain: a reason code; it may also stand alone.")] = "",
-    graph: Annotated[int, typer.Option(help="For stages and repro: number of the graph, 0 is the first.")] = 0,
+    graph: Annotated[
+        int | None,
+        typer.Option(help="For stages and repro: the graph, 0 is the first. Default: 0, or one that has the kernel."),
+    ] = None,
     stage: Annotated[int, typer.Option(help="For repro: the stage, -1 is the last. For stages: the later one.")] = -1,
     since: Annotated[int, typer.Option(help="For stages: the earlier one, 0 is the captured graph.")] = 0,
     kernel: Annotated[str, typer.Option(help="For repro: only what this kernel computes.")] = "",
@@ -92,7 +95,7 @@ def inspect(
                 _fail("diff needs two reports: fxopt inspect --view diff before.json after.json")
             shown = views.diff(report, views.load(other))  # type: ignore[arg-type]
         elif view == "stages":
-            shown = views.diff_stages(*views.stages(report, graph, since, stage))
+            shown = views.diff_stages(*views.stages(report, graph or 0, since, stage))
         elif view == "repro":
             shown = views.repro(report, graph, stage, kernel=kernel, minify=minify, tolerance=tolerance)
         else:

@@ -80,7 +80,7 @@ if __name__ == "__main__":
 
 def repro(
     report: Report,
-    graph: int = 0,
+    graph: int | None = None,
     stage: int = -1,
     *,
     kernel: str = "",
@@ -90,6 +90,7 @@ def repro(
     """The file for one stage of one graph of `report`, as a view whose text is the file.
 
     Args:
+        graph: the first by default, or the first that has `kernel`.
         kernel: only the nodes that the kernel of this name computes.
         minify: leave out what the failure does not need: an error, or eager and Inductor further apart than
             `tolerance`. This runs the recorded code in this process, many times.
@@ -98,6 +99,9 @@ def repro(
         SettingError: for a graph, stage or kernel that does not exist, a stage recorded without its code, or
             with `minify`, one that does not fail.
     """
+    if graph is None:
+        having = (i for i, found in enumerate(report.graphs) if kernel in [k.name for k in found.kernels])
+        graph = next(having, 0)
     if not -len(report.graphs) <= graph < len(report.graphs):
         raise SettingError(f"graph {graph} does not exist; the report has {len(report.graphs)} (0 is the first).")
     record = report.graphs[graph]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -180,3 +181,13 @@ def test_repro_of_a_kernel(small):
     assert "def forward(self, y, b):" in source and "c = torch.matmul(b, y)" in source and "gelu" not in source
     with pytest.raises(SettingError, match="Did you mean 'attention_decode_ab12'"):
         views.repro(small, kernel="attention_decode_ab13")
+
+
+def test_repro_of_a_kernel_of_a_later_graph(small):
+    wanted = views.repro(small, kernel="attention_decode_ab12").to_dict()
+    later = copy.deepcopy(small)
+    later.graphs = (copy.deepcopy(small.graphs[0]), *later.graphs)
+    later.graphs[0].kernels.clear()
+    assert views.repro(later, kernel="attention_decode_ab12").to_dict() == wanted
+    with pytest.raises(SettingError, match="it has none"):
+        views.repro(later, 0, kernel="attention_decode_ab12")
