@@ -73,9 +73,12 @@ def insert_exits(
     for number in reversed(range(len(checks))):
         n, check = setting.layers[number], checks[number]
         following = checks[number + 1] if number + 1 < len(checks) else None
+        order = list(graph.nodes)
+        last = [*late, output][0] if following is None else max(following.nodes).next
+        apart = {*check.nodes, *order[order.index(last) :]}
+        region = passing = find_region(graph, stream[n], apart, within)
         alias = _identity(steps, n)
-        known = set(graph.nodes)
-        chosen = None
+        temporary: set[fx.Node] = set()
         if following is not None:
             alias |= _passing(check, following, logits=carried)
         elif head is not None and carried:
@@ -83,13 +86,8 @@ def insert_exits(
             alias[head.logits] = check.logits
         elif head is not None and own.heads and setting.rows == "all":
             chosen = _chosen_logits(setting.layers, head, own, checker, checks, stream[n])
-        temporary = [node for node in graph.nodes if node not in known]
-        order = list(graph.nodes)
-        last = [*late, output][0] if following is None else max(following.nodes, key=order.index).next
-        apart = {*check.nodes, *order[order.index(last) :]}
-        passing = find_region(graph, stream[n], apart, within)
-        region = find_region(graph, stream[n], {*apart, *temporary}, within)
-        if chosen is not None and head is not None:
+            temporary = set(graph.nodes) - set(order)  # of the branch alone
+            passing = find_region(graph, stream[n], apart, within)
             passing.results = [chosen if node is head.logits else node for node in region.results]
         kept = exit_nodes(passing, alias, layers)
         branch = outline(kept, passing.results, alias)
@@ -152,11 +150,10 @@ def _keep_logits(
         logits = result
 
 
-def _steps(layers: Sequence[Layer], stream: Sequence[fx.Node]) -> dict[int, tuple[int, fx.Node, fx.Node]]:
-    """For the layer with each index: the index after what it is a step of, the stream before that and after it."""
+def _steps(layers: Sequence[Layer], stream: Sequence[fx.Node]) -> dict[int, tuple[fx.Node, fx.Node]]:
+    """By the index of the first layer of each step, the stream before that step and after it."""
     return {
         index: (
-            index + 1,
             stream[index] if not index or layers[index].input is layers[index - 1].output else layers[index].input,
             stream[index + 1],
         )
@@ -164,14 +161,14 @@ def _steps(layers: Sequence[Layer], stream: Sequence[fx.Node]) -> dict[int, tupl
     }  # fmt: skip
 
 
-def _identity(steps: dict[int, tuple[int, fx.Node, fx.Node]], start: int) -> dict[fx.Node, fx.Node]:
+def _identity(steps: dict[int, tuple[fx.Node, fx.Node]], start: int) -> dict[fx.Node, fx.Node]:
     """Each layer from `start` on returns what it is given."""
-    return {after: before for index, (_, before, after) in steps.items() if index >= start}
+    return {after: before for index, (before, after) in steps.items() if index >= start}
 
 
 def _hold(
     indices: range, cached: set[int], exited: fx.Node, stack: Stack, stream: list[fx.Node],
-    steps: dict[int, tuple[int, fx.Node, fx.Node]], context: PassContext,
+    steps: dict[int, tuple[fx.Node, fx.Node]], context: PassContext,
 ) -> set[fx.Node]:  # fmt: skip
     """Let rows that have exited keep their state through the layers of `indices`; returns nodes of the region after it.
 
@@ -192,14 +189,14 @@ def _hold(
         else:
             for index in indices:
                 del steps[index]
-            steps[first] = (until, stream[first], done.end)
+            steps[first] = (stream[first], done.end)
             stream[until] = done.end
             return {keep, *done.nodes}
     if not alone:
         attend_for_rows_left([layers[index] for index in indices], exited, context)
     for index in indices:
         stream[index + 1] = _freeze(layers[index].output, stream[first], exited, rewriter)
-        steps[index] = (index + 1, stream[index], stream[index + 1])
+        steps[index] = (stream[index], stream[index + 1])
     return set()
 
 

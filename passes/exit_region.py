@@ -155,9 +155,10 @@ def defer_writes(writes: Sequence[fx.Node], rewriter: Rewriter) -> list[fx.Node]
 
 def _is_cache(node: Any) -> bool:
     """Whether a node is a cache itself, not a view of one: ``[B, H, S, D]`` in floating point."""
+    if not isinstance(node, fx.Node) or depth.base(node) is not node:
+        return False
     tensor = depth.value(node)
-    whole = isinstance(node, fx.Node) and depth.base(node) is node
-    return whole and isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.ndim == 4
+    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.ndim == 4
 
 
 # -- branches -------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, result: R
     return rows
 
 
-def _alone(model: Any, ids: Tensor) -> list[Peer]:
+def _components(model: Any, ids: Tensor) -> list[Peer]:
     """What a tuned exit's time is made of, over the same tokens: the plain and the truncated model, and the truncated
     model with each step followed by the propagation or by one check, which by themselves would find their weights in
     the processor's caches."""
@@ -239,7 +239,7 @@ def _tuned(model: Any, batch: int, device: str, rounds: int, result: Result) -> 
         return []
     cut = exit_quality.windows(tinylm.load()[1], False)[exit_quality.ROWS :][:batch]
     ids = torch.stack([window.inputs for window in cut]).to(device)
-    parts = _alone(model, ids)
+    parts = _components(model, ids)
     found: list[Row] = []
     for line in kept["figures"]:
         if not line["goal"]:
