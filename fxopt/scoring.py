@@ -252,15 +252,9 @@ def exit_scores(
 class Divergence:
     """Running sums over positions: bits of the text, KL divergence to the unmodified model, top-1 agreement with it."""
 
-    def __init__(
-        self, bits: float = 0.0, kl: float = 0.0, agreed: float = 0, tokens: float = 0, bytes_: float = 0
-    ) -> None:
-        self.bits, self.kl = bits, kl
-        self.agreed, self.tokens, self.bytes = int(agreed), int(tokens), int(bytes_)
-
-    def state(self) -> tuple[float, float, int, int, int]:
-        """The sums, as the constructor takes them."""
-        return self.bits, self.kl, self.agreed, self.tokens, self.bytes
+    def __init__(self) -> None:
+        self.bits, self.kl = 0.0, 0.0
+        self.agreed, self.tokens, self.bytes = 0, 0, 0
 
     @torch.no_grad()
     def add(self, logits: Tensor, original: Tensor, targets: Tensor, size: int) -> None:

@@ -63,7 +63,7 @@ class Tails:
 
 
 class Search:
-    """Importance of channels, kept mass of candidates, divergences of whole recipes: sums over windows.
+    """Importance of channels, divergences of recipes, kept mass of what was chosen: by window or summed over windows.
 
     Measurements are asked for in the same order in every run; what `file` holds of them is not made again. ``asked``:
     a digest of everything that decides them. Raises SettingError for the file of another model or search.
@@ -78,8 +78,8 @@ class Search:
         self.costs: dict[int, list[float]] = {}
         """By layer, seconds of the candidates and of dense attention: a CPU is measured, and never twice the same."""
         self.windows = {"calibrating": 0, "kept mass": 0}
-        self.measured: list[tuple[int, scoring.Divergence]] = []
-        """Windows done and their sums, one a recipe."""
+        self.measured: list[list[float]] = []
+        """KL divergences of the windows done, one list a recipe."""
         self.asked_for = 0
         if file is not None and pathlib.Path(file).is_file():
             self._load(Recipe.load(file))
@@ -92,26 +92,36 @@ class Search:
             self._done("calibrating", number)
 
     def watch(self, tails: Tails, options: Mapping[int, Sequence[SparseAttention]]) -> None:
-        """Add up what each candidate keeps in each layer."""
+        """Add up what each candidate keeps in its layer, under dense attention."""
         shot = OneShot(options, tails.prompt, every=EVERY, sums=self.sums)
         for number in self._todo("kept mass", len(tails.windows)):
             tails.run(number, shot)
             self._done("kept mass", number)
 
-    def divergence(self, tails: Tails, settings: Mapping[int, SparseAttention], said: str) -> float:
-        """KL divergence to the unmodified model, nats a token, with these settings by layer."""
+    def divergences(
+        self, tails: Tails, settings: Mapping[int, SparseAttention], numbers: Sequence[int], goal: float,
+        said: str | None = None,
+    ) -> list[float]:  # fmt: skip
+        """KL divergence to the unmodified model, nats a token, of each of these windows; settings by layer.
+
+        None is negative, so it ends where those behind can no longer bring the mean over all under `goal`.
+        ``said``: what a progress bar says; without it there is none.
+        """
         place, self.asked_for = self.asked_for, self.asked_for + 1
         if place == len(self.measured):
-            self.measured.append((0, scoring.Divergence()))
-        first, found = self.measured[place]
-        count = len(tails.windows)
-        for number in scoring.progress(range(first, count), count - first, said, self.show):
+            self.measured.append([])
+        kls = self.measured[place]
+        todo = numbers[len(kls) :]
+        for number in scoring.progress(todo, len(todo), said or "", self.show and said is not None):
+            if sum(kls) / len(numbers) >= goal:
+                break
+            found = scoring.Divergence()
             tails.score(number, settings, found)
-            self.measured[place] = number + 1, found
+            kl = found.result()["kl"]
+            assert kl is not None
+            kls.append(kl)
             self._save()
-        kl = found.result()["kl"]
-        assert kl is not None
-        return kl
+        return kls
 
     def _todo(self, what: str, count: int) -> Any:
         first = self.windows[what]
@@ -128,11 +138,8 @@ class Search:
         for (layer, number), sums in self.sums.items():
             data[f"kept.{layer}.{number}"] = torch.stack((sums.read, sums.visible, sums.mass))
         data |= {f"costs.{layer}": torch.tensor(s, dtype=torch.float64) for layer, s in self.costs.items()}
-        if self.measured:
-            rows = [[float(done), *found.state()] for done, found in self.measured]
-            data["measured"] = torch.tensor(rows, dtype=torch.float64)
         rows_of = {f"{layer}.{number}": sums.rows for (layer, number), sums in self.sums.items()}
-        notes = {"search": self.asked, "windows": self.windows, "rows": rows_of}
+        notes = {"search": self.asked, "windows": self.windows, "rows": rows_of, "measured": self.measured}
         Recipe(data=data, fingerprint=fingerprint(self.model), notes=notes).save(self.file)
 
     def _load(self, kept: Recipe) -> None:
@@ -143,6 +150,7 @@ class Search:
                 "goal have to be the same. Name another file, or remove it to begin again."
             )
         self.windows.update(kept.notes["windows"])
+        self.measured = kept.notes["measured"]
         for name, tensor in kept.data.items():
             kind, *place = name.split(".")
             if kind == "importance":
@@ -153,7 +161,3 @@ class Search:
                 read, visible, mass = (t.clone() for t in tensor)
                 rows = kept.notes["rows"][".".join(place)]
                 self.sums[int(place[0]), int(place[1])] = HeadSums(read, visible, mass, rows)
-        self.measured = [
-            (int(done), scoring.Divergence(*state))
-            for done, *state in kept.data.get("measured", torch.empty(0)).tolist()
-        ]

@@ -1,17 +1,19 @@
 """Choose method and budget of :class:`fxopt.SparseAttention` for each layer, so that a divergence is kept.
 
-On one part of a text the label channels are calibrated; on another every candidate is measured in every layer by the
-attention mass that it keeps. A bound on the mass that may be lost gives each layer the candidate that is fastest within
-it (by the roofline of the device). The largest bound whose recipe as a whole keeps the goal, measured as KL divergence
-to the unmodified model, is found by bisection. What the recipe records is measured on a third part that chose nothing.
+On one part of a text the label channels are calibrated. On another every candidate is measured alone in its layer, by
+the KL divergence to the unmodified model. Small divergences of layers add up, so that these numbers give recipes from
+gentle to fast, see :func:`family`; the fastest of them that keeps the goal as a whole is found by bisection. What the
+recipe records is measured on a third part that chose nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import re
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from fxopt.codegen import roofline
 from fxopt.inspection.behaviour import Picture
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.sparse_attention import SparseAttention
-from fxopt.passes.sparse_attention.calibration import heaviest
+from fxopt.passes.sparse_attention.calibration import DENSE_LAYERS, heaviest
 from fxopt.passes.sparse_attention.double_sparsity import default_channels
 from fxopt.passes.sparse_attention.one_shot import HeadSums
 from fxopt.passes.technique import SettingError
@@ -34,8 +36,8 @@ from fxopt.sparse_measuring import Search, Tails
 
 BUDGETS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 METHODS = ("sink_window", "pages", "double_sparsity")
-MEASUREMENTS = 7
-"""Whole recipes whose divergence is measured."""
+ALONE = 2
+"""Windows on which a candidate is measured alone in its layer: enough to rank, a recipe is judged as a whole."""
 SCORED = 512
 """Last tokens of each window that are decoded and scored; what stands before them is their prompt."""
 
@@ -84,12 +86,13 @@ def solve(
 ) -> Recipe:
     """The fastest recipe found that keeps the divergence under `goal`.
 
-    The first quarter of `cut` calibrates, the middle chooses, the last quarter says what the choice gives on a text
-    that took no part in it; a warning where that is not under `goal`.
+    Of every four windows of `cut` the first calibrates, the second and the fourth choose: a recipe keeps `goal` where
+    its mean over them plus one standard error is under it. The third says what the choice gives on a text that took no
+    part in it; a warning where that is not under `goal`.
 
     ``technique``: sinks, layers, channels (how many) and min_length are taken from it; method and budget are found.
     ``checkpoint``: a file that is written after each window; a search that was interrupted goes on from it.
-    Raises SettingError for fewer than three windows, where even the largest budget does not keep the goal, and for the
+    Raises SettingError for fewer than three windows, where nothing that is faster keeps the goal, and for the
     checkpoint of another search.
     """
     if len(cut) < 3:
@@ -98,76 +101,148 @@ def solve(
             "the choice on are needed: give a longer text, a smaller context=, or a larger limit=."
         )
     technique.check(model)
-    quarter = max(1, len(cut) // 4)
-    known, deciding, last = cut[:quarter], cut[quarter:-quarter], cut[-quarter:]
-    search = Search(model, scoring.digest(cut, technique.to_dict(), goal, BUDGETS, METHODS), checkpoint, show)
+    # In turn: a text that changes on its way is in all three parts.
+    known, deciding, confirming = cut[::4], cut[1::2], cut[2::4]
+    asked = scoring.digest(cut, technique.to_dict(), goal, BUDGETS, METHODS, ALONE)
+    search = Search(model, asked, checkpoint, show)
     stack = module_stacks(model)[0]
     names = {id(module): name for name, module in model.named_modules()}
     paths = {i: names[id(stack.layers[i])] for i in sorted(technique.chosen(len(stack)))}
     search.calibrate(known)
     options = {n: _candidates(technique, search.importance[n]) for n in paths if n in search.importance}
+    search.costs = search.costs or _costs(model, options, len(cut[0].inputs))
     tails = Tails(model, deciding, _prompt(cut))
-    search.watch(tails, options)
-    costs = search.costs = search.costs or _costs(model, options, len(cut[0].inputs))
-    losses = sorted({round(1 - float(s.kept_mass.mean()), 6) for s in search.sums.values()})
-    low, high = 0, len(losses) - 1  # indices of bounds; the first keeps most
-    best: tuple[dict[int, int], float] | None = None
-    least = math.inf
-    for number in range(MEASUREMENTS):
-        if low > high:
-            break
-        middle = (low + high) // 2 if number else min(high, len(losses) // 4)
-        picked = pick(search.sums, costs, losses[middle])
-        reached = 0.0
-        if picked:
-            settings = {layer: options[layer][n] for layer, n in picked.items()}
-            reached = search.divergence(tails, settings, f"kl < {goal:g}: {number + 1} of {MEASUREMENTS}")
-            least = min(least, reached)
-        if reached < goal:
-            low, best = middle + 1, (picked, reached)
-        else:
-            high = middle - 1
-    if best is None or not best[0]:
+    lost = _alone(search, tails, options, goal)
+    alone = search.asked_for
+    picked, kls = _fastest(search, tails, options, family(search.costs, lost), goal)
+    if not picked:
+        tried = search.measured[alone:] or search.measured
+        least = min((with_error(found) for found in tried if found), default=math.inf)
         raise SettingError(
-            f"tune(goal='kl<{goal:g}'): no choice of methods and budgets keeps it on this text (closest: {least:.4f}). "
+            f"tune(goal='kl<{goal:g}'): no choice of methods and budgets keeps it on this text (closest: {least:.4g}). "
             "Ask for a larger divergence."
         )
-    picked, reached = best
-    chosen = [
-        Choice(
-            paths[layer], options[layer][picked[layer]] if layer in picked else None,
-            *_shares(search.sums, layer, picked.get(layer)), costs[layer][picked.get(layer, -1)],
-        )
-        for layer in options
-    ]  # fmt: skip
     settings = {layer: options[layer][n] for layer, n in picked.items()}
-    confirmed = search.divergence(Tails(model, last, tails.prompt), settings, "confirming")
+    others = Tails(model, confirming, tails.prompt)
+    confirmed = statistics.fmean(search.divergences(others, settings, range(len(confirming)), math.inf, "confirming"))
+    search.watch(others, {layer: [setting] for layer, setting in settings.items()})
+    reached = statistics.fmean(kls)
     if not confirmed < goal:
         warnings.warn(
             f"tune(goal='kl<{goal:g}'): the choice gives {reached:.5f} where it was made and {confirmed:.5f} on text "
             "that took no part in it. Ask for a smaller divergence, or give more text.",
             stacklevel=2,
         )
-    numbers = {"kl": confirmed, "kl where chosen": reached}
-    return _recipe(model, technique, chosen, numbers, goal, sum(c[-1] for c in costs.values()), len(last))
+    heads = next(iter(search.importance.values())).shape[0]
+    chosen = [
+        Choice(paths[n], settings.get(n), *_shares(search.sums.get((n, 0)), heads), search.costs[n][picked.get(n, -1)])
+        for n in options
+    ]
+    numbers = {"kl": confirmed, "kl where chosen": reached, "with its error": with_error(kls)}
+    return _recipe(model, technique, chosen, numbers, goal, sum(c[-1] for c in search.costs.values()), len(confirming))
 
 
-def pick(
-    measured: Mapping[tuple[int, int], HeadSums], costs: Mapping[int, Sequence[float]], bound: float
-) -> dict[int, int]:
-    """For each layer the number of the cheapest candidate that loses at most `bound` of the mass; dense ones left out.
+def family(costs: Mapping[int, Sequence[float]], lost: Mapping[int, Mapping[int, float]]) -> list[dict[int, int]]:
+    """Recipes from gentle to fast: for each layer the number of its candidate; dense ones left out.
 
-    ``costs``: for each layer seconds by candidate, and of dense attention last.
+    ``costs``: for each layer seconds by candidate, and of dense attention last. ``lost``: for each layer the divergence
+    of the candidates that may be taken.
+
+    Each differs from the one before in one layer, where a saved second costs least divergence. As far as divergences of
+    layers add up, each has the smallest seconds + price * divergence of all for some price, so that none of its speed
+    loses less (Lagrange multipliers, Everett 1963).
     """
-    picked = {}
-    for layer, seconds in costs.items():
-        fit = [
-            number for number in range(len(seconds) - 1)
-            if 1 - float(measured[layer, number].kept_mass.mean()) <= bound and seconds[number] < seconds[-1]
-        ]  # fmt: skip
-        if fit:
-            picked[layer] = min(fit, key=lambda n: (seconds[n], -float(measured[layer, n].kept_mass.mean())))
-    return picked
+    picked: dict[int, int] = {}
+    found: list[dict[int, int]] = []
+    while True:
+        steps = []
+        for layer, candidates in lost.items():
+            now = picked.get(layer, -1)
+            for number, divergence in candidates.items():
+                saved = costs[layer][now] - costs[layer][number]
+                if saved > 0:
+                    steps.append(((divergence - candidates.get(now, 0.0)) / saved, saved, layer, number))
+        if not steps:
+            return found
+        *_, layer, number = min(steps)
+        picked = {**picked, layer: number}
+        found.append(picked)
+
+
+def with_error(kls: Sequence[float]) -> float:
+    """Mean over windows plus its standard error; of one window, whose error nobody knows, the mean."""
+    error = statistics.stdev(kls) / math.sqrt(len(kls)) if len(kls) > 1 else 0.0
+    return statistics.fmean(kls) + error
+
+
+def _alone(
+    search: Search, tails: Tails, options: Mapping[int, Sequence[SparseAttention]], goal: float
+) -> dict[int, dict[int, float]]:
+    """Divergence of each candidate in its layer with dense attention in the others, by layer and number.
+
+    Left out: what costs as much as dense attention, and what reaches `goal` by itself with all smaller budgets.
+    """
+    count = len(tails.windows)
+    numbers = range(0, count, max(1, count // ALONE))[:ALONE]
+    lost: dict[int, dict[int, float]] = {layer: {} for layer in options}
+    groups = list(itertools.product(options, METHODS))
+    for layer, method in scoring.progress(groups, len(groups), "layers alone", search.show):
+        for number in _by_budget(options[layer], method):
+            if search.costs[layer][number] >= search.costs[layer][-1]:
+                continue
+            kls = search.divergences(tails, {layer: options[layer][number]}, numbers, goal)
+            if not sum(kls) / len(numbers) < goal:
+                break
+            lost[layer][number] = statistics.fmean(kls)
+    return lost
+
+
+def _fastest(
+    search: Search, tails: Tails, options: Mapping[int, Sequence[SparseAttention]],
+    recipes: Sequence[dict[int, int]], goal: float,
+) -> tuple[dict[int, int], list[float]]:  # fmt: skip
+    """The fastest that keeps `goal`, and its divergences by window; no layers where none does.
+
+    Of `recipes`, from gentle to fast, by bisection. Then whatever is faster of one method and budget in all layers but
+    the first two takes its place, if it keeps the goal too.
+    """
+    windows = range(len(tails.windows))
+
+    def kept(picked: Mapping[int, int], said: str) -> list[float]:
+        settings = {layer: options[layer][n] for layer, n in picked.items()}
+        kls = search.divergences(tails, settings, windows, goal, f"kl < {goal:g}: {said}")
+        return kls if len(kls) == len(windows) and with_error(kls) < goal else []
+
+    def seconds(picked: Mapping[int, int]) -> float:
+        return sum(costs[picked.get(layer, -1)] for layer, costs in search.costs.items())
+
+    best: tuple[dict[int, int], list[float]] = {}, []
+    low, high = 0, len(recipes) - 1
+    for turn in itertools.count(1):
+        if low > high:
+            break
+        middle = (low + high) // 2
+        kls = kept(recipes[middle], f"{turn} of {len(recipes).bit_length()}")
+        if kls:
+            low, best = middle + 1, (recipes[middle], kls)
+        else:
+            high = middle - 1
+    late = [layer for layer in options if layer >= DENSE_LAYERS]
+    for method in METHODS if late else ():
+        for number in _by_budget(options[late[0]], method):
+            same = dict.fromkeys(late, number)
+            if seconds(same) >= seconds(best[0]):
+                continue
+            kls = kept(same, f"{method} everywhere")
+            if not kls:
+                break
+            best = same, kls
+    return best
+
+
+def _by_budget(candidates: Sequence[SparseAttention], method: str) -> list[int]:
+    """Numbers of one method's candidates, the largest budget first."""
+    return [n for n in reversed(range(len(candidates))) if candidates[n].method == method]
 
 
 def report_lines(recipe: Recipe) -> list[str]:
@@ -177,8 +252,8 @@ def report_lines(recipe: Recipe) -> list[str]:
     notes = recipe.notes
     said = (
         f"{notes['goal']}: KL {notes['kl']:.5f} on {notes['windows']} windows that took no part in the choice, "
-        f"{notes['kl where chosen']:.5f} where it was made; attention of a decode step "
-        f"{notes['modelled speedup of attention']}x by the roofline"
+        f"{notes['kl where chosen']:.5f} where it was made, {notes['with its error']:.5f} with a standard error; "
+        f"attention of a decode step {notes['modelled speedup of attention']}x by the roofline"
     )
     return [*notes["report"], said, *(line for picture in maps(recipe) for line in picture.text().splitlines())]
 
@@ -242,11 +317,10 @@ def _costs(model: Any, options: Mapping[int, Sequence[SparseAttention]], length:
     return found
 
 
-def _shares(measured: Mapping[tuple[int, int], HeadSums], layer: int, number: int | None) -> tuple[Tensor, Tensor]:
-    if number is None:
-        whole = torch.ones_like(measured[layer, 0].read)
-        return whole, whole
-    return measured[layer, number].density, measured[layer, number].kept_mass
+def _shares(sums: HeadSums | None, heads: int) -> tuple[Tensor, Tensor]:
+    """Density and kept mass, each [Hkv]; dense where nothing was measured."""
+    whole = torch.ones(heads, dtype=torch.float64)
+    return (whole, whole) if sums is None else (sums.density, sums.kept_mass)
 
 
 def _recipe(

@@ -222,12 +222,16 @@ class _Layers(TorchFunctionMode):
 
 @torch.no_grad()
 def channel_sums(model: nn.Module, texts: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Importance of key channels by layer, [Hkv, D], over texts of token ids [S]; see :func:`.product_sums`."""
+    """Importance of key channels by layer, [Hkv, D], over texts of token ids [S]; see :func:`.product_sums`.
+
+    Of layers in which every row sees all before it: no other is measured or acts in :class:`OneShot`.
+    """
     found: dict[int, Tensor] = {}
 
     def look(layer: int, given: dict[str, Any], result: Tensor) -> Tensor:
         query, key = given["query"], unrepeated(given["key"], given["query"].shape[1])
-        if query.shape[2] == key.shape[2]:
+        tokens, total = query.shape[2], key.shape[2]
+        if tokens == total and plain_causal(given, tokens, total):
             sums = product_sums(query, key).cpu()
             found[layer] = found[layer] + sums if layer in found else sums
         return result
