@@ -1,6 +1,6 @@
 """Attention that reads the filled part of a static cache: what was done, and a decode step's time by filled length.
 
-    python examples/attention.py
+python examples/attention.py
 """
 
 import time

@@ -19,6 +19,7 @@ from fxopt.evaluation import evaluate  # noqa: E402
 from fxopt.meaning import reference  # noqa: E402
 from fxopt.passes.async_softmax import AsyncSoftmax  # noqa: E402
 from fxopt.passes.cache_extent import CacheExtent  # noqa: E402
+from fxopt.passes.cpu_linear import CpuLinear  # noqa: E402
 from fxopt.passes.early_exit import EarlyExit  # noqa: E402
 from fxopt.passes.flat_gemm import FlatGemm  # noqa: E402
 from fxopt.passes.gqa_packing import GqaPacking  # noqa: E402
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncSoftmax",
     "CacheExtent",
+    "CpuLinear",
     "EarlyExit",
     "FlatGemm",
     "GqaPacking",

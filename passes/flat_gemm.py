@@ -83,7 +83,7 @@ class FlatGemm(Technique):
         # Before anything that costs compile time: on a CPU this is where it ends.
         if not any(_on_kernel_device(node) for node in linears):
             for node in linears:
-                context.blocked("FX207", node, "generated kernels need CUDA or ROCm; Inductor compiles this linear")
+                context.blocked("FX207", node, "its kernels need CUDA or ROCm; on a CPU there is cpu_linear")
             return
         if context.training:
             for node in linears:

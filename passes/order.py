@@ -16,7 +16,8 @@ ORDER: tuple[str, ...] = (
     "async_softmax",
     "layer_skip:late",  # by routers: async_softmax does not look into the branch that a routed layer becomes
     "early_exit",  # after every pass that looks for layers, or for attention: not all of them look into a branch
-    "flat_gemm",  # last: its operators hide the residual additions by which the others know a layer
+    "flat_gemm",  # late: its operators hide the residual additions by which the others know a layer
+    "cpu_linear",  # last: flat_gemm says of every linear on a CPU that it is not for it
 )
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fxopt.codegen import compat
-from fxopt.codegen.kernels.cpu_attention_source import BODY, HEADER, LANES, LOADS, TYPES
+from fxopt.codegen.kernels.cpu_attention_source import BODY, HEADER
+from fxopt.codegen.kernels.cpu_vectors import MOST_LANES, vectors
 
 SPLIT = 512
 """Cache positions of one task, whatever the length, so that no sum depends on it."""
@@ -67,7 +68,7 @@ def source(variant: CpuAttention) -> str:
         name=variant.name, head_dim=variant.head_dim, value_dim=variant.value_dim, tile=variant.tile,
         block=variant.block, split=SPLIT, capped=str(variant.capped).lower(), stored=stored,
     )  # fmt: skip
-    return header + TYPES + LOADS[stored] + BODY
+    return header + vectors(stored) + BODY
 
 
 def chosen(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, soft_cap: float) -> CpuAttention | None:
@@ -83,7 +84,7 @@ def _variant(
     (_, heads, tokens, width), (_, kv_heads, _, _), (*_, value_width) = shapes
     if is_causal or len(set(dtypes)) != 1 or dtypes[0] not in STORED:
         return None
-    if width % LANES or value_width % LANES or width > 256 or value_width > 256 or heads % kv_heads:
+    if width % MOST_LANES or value_width % MOST_LANES or width > 256 or value_width > 256 or heads % kv_heads:
         return None
     rows = heads // kv_heads * tokens
     if rows > MOST_ROWS[dtypes[0]] or any(step[3] != 1 for step in steps):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fxopt.codegen.kernels.cpu_attention import SPLIT, STORED, CpuAttention, built, tile_of
-from fxopt.codegen.kernels.cpu_attention_source import HELPERS, LANES, LOADS, TYPES
 from fxopt.codegen.kernels.cpu_gather_source import BODY, HEADER
+from fxopt.codegen.kernels.cpu_vectors import MOST_LANES, vectors
 
 _TENSORS = ("query", "key", "value", "index", "counts", "seen", "bias", "sinks", "out", "scratch")
 _TYPES = {"index": "int64_t", "counts": "int64_t", "seen": "bool", "bias": "float", "sinks": "float",
@@ -32,7 +32,7 @@ def attend(
     kv_heads, value_width = key.shape[1], value.shape[3]
     if query.dtype not in STORED or not query.dtype == key.dtype == value.dtype or tokens != 1:
         return None
-    if width % LANES or value_width % LANES or max(width, value_width) > 256 or heads % kv_heads:
+    if width % MOST_LANES or value_width % MOST_LANES or max(width, value_width) > 256 or heads % kv_heads:
         return None
     if not query.stride(3) == key.stride(3) == value.stride(3) == index.stride(2) == 1:
         return None
@@ -85,4 +85,4 @@ def _source(variant: CpuAttention) -> str:
         name=variant.name.replace("attention", "gather"), head_dim=variant.head_dim, value_dim=variant.value_dim,
         tile=variant.tile, block=variant.block, split=SPLIT, capped=str(variant.capped).lower(), stored=stored,
     )  # fmt: skip
-    return header + TYPES + LOADS[stored] + HELPERS + BODY
+    return header + vectors(stored) + BODY

@@ -1,4 +1,4 @@
-"""C++ text of decode attention on chosen positions, for CPUs; helpers are those of :mod:`.cpu_attention_source`."""
+"""C++ text of decode attention on chosen positions, for CPUs; helpers are those of :mod:`.cpu_vectors`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ using Stored = {stored};
 """
 
 BODY = """
+static_assert(D % LANES == 0 && DV % LANES == 0 && BLOCK % LANES == 0 && SPLIT % BLOCK == 0);
+
 void kernel(const Stored* query, const Stored* key, const Stored* value, const int64_t* index, const int64_t* counts,
             const bool* seen, const float* bias, const float* sinks, Stored* out, float* scratch, int64_t batch,
             int64_t kv_heads, int64_t group, int64_t listed, int64_t size, int64_t filled, int64_t ib, int64_t ih,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fxopt.codegen.kernels.cpu_attention import STORED, built, tile_of
-from fxopt.codegen.kernels.cpu_attention_source import HELPERS, LANES, LOADS, TYPES
-from fxopt.codegen.kernels.cpu_select_source import BOUNDS, CODES, FEATURES, HEADER, NUMBERS, TOP
+from fxopt.codegen.kernels.cpu_select_source import BOUNDS, CODES, FEATURES, HEADER, TOP
+from fxopt.codegen.kernels.cpu_vectors import MOST_LANES, vectors
 
 AHEAD = 8
 """Pages of bounds that are fetched ahead; measured: docs/decisions.md."""
@@ -28,7 +28,7 @@ def page_bounds(query: Tensor, bounds: Tensor, used: int) -> Tensor | None:
     """[B, Hkv, P] float32, -inf from `used` on; ``query: [B, Hq, 1, D]``, ``bounds: [B, Hkv, P, 2 D]``, contiguous."""
     batch, heads, _, width = query.shape
     kv_heads, pages = bounds.shape[1:3]
-    if query.dtype not in STORED or bounds.dtype not in STORED or width % LANES or width > 256:
+    if query.dtype not in STORED or bounds.dtype not in STORED or width % MOST_LANES or width > 256:
         return None
     if query.stride(3) != 1 or not bounds.is_contiguous():
         return None
@@ -51,7 +51,7 @@ def feature_scores(
     batch, heads, _, width = query.shape
     kv_heads, kept, length = features.shape[1:]
     dtype, kept_type = _KEPT.get(bits, (query.dtype, STORED.get(query.dtype)))
-    if query.dtype not in STORED or features.dtype != dtype or width % LANES or width > 256 or kept > width:
+    if query.dtype not in STORED or features.dtype != dtype or width % MOST_LANES or width > 256 or kept > width:
         return None
     if query.stride(3) != 1 or features.stride(3) != 1 or (scales is not None and scales.stride(3) != 1):
         return None
@@ -105,21 +105,21 @@ def _bounds(dtype: torch.dtype, kept: torch.dtype, width: int, tile: int) -> Cal
 def _features(dtype: torch.dtype, kept: str, width: int, tile: int, bits: int) -> Callable[..., Any] | None:
     stored = STORED[dtype]
     name = f"cpu_features_{_short(dtype)}_{bits}_d{width}_t{tile}"
-    text = _start(name, "scores of tokens", stored, kept, width, tile) + NUMBERS + CODES[bits]
+    text = _start(name, "scores of tokens", stored, kept, width, tile) + CODES[bits]
     types = [f"const {stored}*", f"const {kept}*", "const int64_t*", "const float*", "float*", *["int64_t"] * 16]
     return built(name, types, text + FEATURES.format(quantum=QUANTUM, scaled=str(bits > 0).lower()))
 
 
 @functools.cache
 def _best() -> Callable[..., Any] | None:
-    text = _start("cpu_top", "the best", "float", "float", LANES, 1) + TOP
+    text = _start("cpu_top", "the best", "float", "float", MOST_LANES, 1) + TOP
     types = ["const float*", "const float*", "const int64_t*", "int64_t*", "int64_t*", "int32_t*", *["int64_t"] * 7]
     return built("cpu_top", types, text)
 
 
 def _start(name: str, what: str, stored: str, kept: str, width: int, tile: int) -> str:
     header = HEADER.format(name=name, what=what, head_dim=width, tile=tile, stored=stored, kept=kept)
-    return header + TYPES + LOADS["uint16_t"] + HELPERS  # reads float32 too: bfloat16 bounds lie beside such a cache
+    return header + vectors("uint16_t")  # bfloat16 bounds may lie beside a float32 cache
 
 
 def _short(dtype: torch.dtype) -> str:

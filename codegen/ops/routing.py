@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels import routing as kernels
 from fxopt.codegen.kernels.gemm import Norm
 from fxopt.codegen.ops import LIBRARY
+from fxopt.codegen.ops.cpu_linear import cpu_linear
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest difference from float64 for values of unit variance: a few roundings of the dtype."""
@@ -127,9 +127,9 @@ def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def linear_if(active: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The operator's body: ``F.linear`` where the 0-d bool `active` holds, zeros elsewhere. No gradients."""
+    """The operator's body: a linear where the 0-d bool `active` holds, zeros elsewhere. No gradients."""
     if active.item():
-        return F.linear(x, weight, bias)
+        return cpu_linear(x, weight, bias)
     return x.new_zeros(*x.shape[:-1], weight.shape[0])
 
 
@@ -173,9 +173,7 @@ for _name, _body in (
 torch.library.register_autograd(
     "fxopt::gather_norm", _gather_norm_backward, setup_context=_gather_norm_setup, lib=LIBRARY
 )
-torch.library.register_autograd(
-    "fxopt::scatter_residual", _scatter_backward, setup_context=_scatter_setup, lib=LIBRARY
-)
+torch.library.register_autograd("fxopt::scatter_residual", _scatter_backward, setup_context=_scatter_setup, lib=LIBRARY)
 
 
 def sample_inputs(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 SUITES = (
-    "overhead", "depth", "attention", "decode_step", "gemm", "decode", "context", "sparse", "sparse_quality",
+    "overhead", "depth", "attention", "linear", "decode_step", "gemm", "decode", "context", "sparse", "sparse_quality",
     "recorder", "exit_quality",
 )  # fmt: skip
 

@@ -38,6 +38,14 @@ def test_attention(eager_lowering, capsys):
     assert "cache_extent" in printed
 
 
+def test_cpu_linear(capsys):
+    with torch.no_grad():
+        runpy.run_path(str(EXAMPLES / "cpu_linear.py"))["main"](width=512, layers=1, rounds=1)
+    printed = capsys.readouterr().out
+    assert "4 rows: library" in printed
+    assert "1 row by [1344, 512]: the weight is read once" in printed
+
+
 def test_train_mod_in_a_minute(tmp_path, capsys):
     import json
     import sys

@@ -111,6 +111,17 @@ def test_context_suite_quick(eager_lowering):
 
 
 @pytest.mark.slow
+def test_linears_quick():
+    result = load_suite("linear")(quick=True)
+    assert {(line["dtype"], line["rows"]) for line in result.figures} == {
+        ("float32", 1), ("float32", 3), ("bfloat16", 1), ("bfloat16", 3),
+    }  # fmt: skip
+    for line in result.figures:
+        assert line["library over it"] == line["library, ms"] / line["cpu_linear, ms"]
+    with pytest.raises(ValueError, match="bench gemm"):
+        load_suite("linear")(device="cuda")
+
+
 def test_recorder_quick():
     result = load_suite("recorder")(quick=True)
     recorder = next(row for row in result.rows if row.peer == "recorder")
