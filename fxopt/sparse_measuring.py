@@ -77,6 +77,8 @@ class Search:
         """By layer and number of the candidate."""
         self.costs: dict[int, list[float]] = {}
         """By layer, seconds of the candidates and of dense attention: a CPU is measured, and never twice the same."""
+        self.costed = ""
+        """How they are known."""
         self.windows = {"calibrating": 0, "kept mass": 0}
         self.measured: list[list[float]] = []
         """KL divergences of the windows done, one list a recipe."""
@@ -139,7 +141,8 @@ class Search:
             data[f"kept.{layer}.{number}"] = torch.stack((sums.read, sums.visible, sums.mass))
         data |= {f"costs.{layer}": torch.tensor(s, dtype=torch.float64) for layer, s in self.costs.items()}
         rows_of = {f"{layer}.{number}": sums.rows for (layer, number), sums in self.sums.items()}
-        notes = {"search": self.asked, "windows": self.windows, "rows": rows_of, "measured": self.measured}
+        notes = {"search": self.asked, "windows": self.windows, "rows": rows_of, "measured": self.measured,
+                 "costed": self.costed}  # fmt: skip
         Recipe(data=data, fingerprint=fingerprint(self.model), notes=notes).save(self.file)
 
     def _load(self, kept: Recipe) -> None:
@@ -150,7 +153,7 @@ class Search:
                 "goal have to be the same. Name another file, or remove it to begin again."
             )
         self.windows.update(kept.notes["windows"])
-        self.measured = kept.notes["measured"]
+        self.measured, self.costed = kept.notes["measured"], kept.notes["costed"]
         for name, tensor in kept.data.items():
             kind, *place = name.split(".")
             if kind == "importance":

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxopt import scoring
-from fxopt.codegen import roofline
+from fxopt import scoring, sparse_costs
 from fxopt.inspection.behaviour import Picture
 from fxopt.passes.modules import module_stacks
 from fxopt.passes.sparse_attention import SparseAttention
@@ -68,7 +67,7 @@ class Choice:
     mass: Tensor
     """[Hkv]: attention weight of what is read."""
     seconds: float
-    """Of one decode step of this attention, by the roofline."""
+    """Of one decode step of this attention."""
 
     def __str__(self) -> str:
         name = "dense" if self.setting is None else f"{self.setting.method} {_share(self.setting.budget)}"
@@ -110,7 +109,8 @@ def solve(
     paths = {i: names[id(stack.layers[i])] for i in sorted(technique.chosen(len(stack)))}
     search.calibrate(known)
     options = {n: _candidates(technique, search.importance[n]) for n in paths if n in search.importance}
-    search.costs = search.costs or _costs(model, options, len(cut[0].inputs))
+    if not search.costs:
+        search.costs, search.costed = sparse_costs.costs(model, options, len(cut[0].inputs), show)
     tails = Tails(model, deciding, _prompt(cut))
     lost = _alone(search, tails, options, goal)
     alone = search.asked_for
@@ -139,7 +139,8 @@ def solve(
         for n in options
     ]
     numbers = {"kl": confirmed, "kl where chosen": reached, "with its error": with_error(kls)}
-    return _recipe(model, technique, chosen, numbers, goal, sum(c[-1] for c in search.costs.values()), len(confirming))
+    exact = sum(costs[-1] for costs in search.costs.values())
+    return _recipe(model, technique, chosen, numbers, goal, exact, search.costed, len(confirming))
 
 
 def family(costs: Mapping[int, Sequence[float]], lost: Mapping[int, Mapping[int, float]]) -> list[dict[int, int]]:
@@ -253,7 +254,7 @@ def report_lines(recipe: Recipe) -> list[str]:
     said = (
         f"{notes['goal']}: KL {notes['kl']:.5f} on {notes['windows']} windows that took no part in the choice, "
         f"{notes['kl where chosen']:.5f} where it was made, {notes['with its error']:.5f} with a standard error; "
-        f"attention of a decode step {notes['modelled speedup of attention']}x by the roofline"
+        f"attention of a decode step {notes['speedup of attention']}x, {notes['speedup known']}"
     )
     return [*notes["report"], said, *(line for picture in maps(recipe) for line in picture.text().splitlines())]
 
@@ -292,31 +293,6 @@ def _candidates(technique: SparseAttention, importance: Tensor) -> list[SparseAt
     return found
 
 
-def _costs(model: Any, options: Mapping[int, Sequence[SparseAttention]], length: int) -> dict[int, list[float]]:
-    """Seconds of each candidate by the roofline of the model's device, and of dense attention last."""
-    parameter = next(model.parameters())
-    device, dtype = roofline.current_device(parameter.device), str(parameter.dtype).removeprefix("torch.")
-    config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    sizes = {"B": 1, "L": length, "H": heads, "G": kv_heads, "D": width}
-
-    def seconds(cost: roofline.Cost) -> float:
-        flops, moved = cost.at(**{s: v for s, v in sizes.items()})
-        return roofline.estimate(flops, moved, device, dtype if dtype in device.flops else "float32")
-
-    size = parameter.element_size()
-    dense = seconds(roofline.attention_decode(size))
-    found = {}
-    for layer, settings in options.items():
-        found[layer] = [
-            seconds(roofline.attention_chosen(size, s.budget * length, s.chosen_by.state_elements(s, width)))  # type: ignore[operator]
-            for s in settings
-        ] + [dense]
-    return found
-
-
 def _shares(sums: HeadSums | None, heads: int) -> tuple[Tensor, Tensor]:
     """Density and kept mass, each [Hkv]; dense where nothing was measured."""
     whole = torch.ones(heads, dtype=torch.float64)
@@ -325,7 +301,7 @@ def _shares(sums: HeadSums | None, heads: int) -> tuple[Tensor, Tensor]:
 
 def _recipe(
     model: nn.Module, technique: SparseAttention, chosen: Sequence[Choice], measured: Mapping[str, float],
-    goal: float, dense: float, windows: int,
+    goal: float, dense: float, costed: str, windows: int,
 ) -> Recipe:  # fmt: skip
     paths = {
         c.path: dataclasses.replace(c.setting, min_length=technique.min_length)
@@ -338,7 +314,7 @@ def _recipe(
     faster = dense / sum(c.seconds for c in chosen)
     notes = {
         "goal": f"kl<{goal:g}", "windows": windows, **{name: round(kl, 6) for name, kl in measured.items()},
-        "modelled speedup of attention": round(faster, 2),
+        "speedup of attention": round(faster, 2), "speedup known": costed,
         "layers": [c.path for c in chosen],
         "report": [f"{'layer':<28} {'chosen':<24} {'density':>7} {'kept mass':>9}", *map(str, chosen)],
     }  # fmt: skip

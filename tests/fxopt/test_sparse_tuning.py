@@ -12,10 +12,22 @@ import pytest
 import torch
 
 import fxopt
-from fxopt import scoring, sparse_measuring, sparse_tuning
+from fxopt import scoring, sparse_costs, sparse_measuring, sparse_tuning
 from fxopt.passes.sparse_attention import SparseAttention
 from fxopt.passes.technique import SettingError
 from fxopt.testing import TINY
+
+timed = sparse_costs.timed
+
+
+@pytest.fixture(autouse=True)
+def costs_by_bytes(monkeypatch):
+    """What a long cache would cost: on the short ones here nothing is faster than exact attention."""
+
+    def by_bytes(settings, heads, kv_heads, width, *_):
+        return [s.budget + s.chosen_by.state_elements(s, width) / (2 * width) for s in settings] + [1.0]
+
+    monkeypatch.setattr(sparse_costs, "timed", by_bytes)
 
 
 def test_goals():
@@ -137,7 +149,7 @@ def test_a_recipe_that_keeps_its_goal(tmp_path):
     loaded = fxopt.Recipe.load(recipe.save(tmp_path / "sparse.safetensors"))
     assert loaded.paths == recipe.paths
     text = "\n".join(sparse_tuning.report_lines(loaded))
-    assert "model.layers.1" in text and "attention mass kept" in text and "by the roofline" in text
+    assert "model.layers.1" in text and "attention mass kept" in text and "x, timed here" in text
     assert sparse_tuning.report_lines(fxopt.Recipe()) == []
     with pytest.raises(SettingError, match="no choice"):
         fxopt.tune(model, ids, asked, goal="kl<1e-12", context=80, show=False)
@@ -229,7 +241,7 @@ def test_killed_and_resumed_gives_the_same_recipe(searched, tmp_path, monkeypatc
         tune(checkpoint=path)
     monkeypatch.setattr(sparse_measuring.Search, "_save", save)
     if saved > 2:  # a CPU's bandwidth is measured in each process: the resumed run must not measure another one
-        monkeypatch.setattr(sparse_tuning, "_costs", None)
+        monkeypatch.setattr(sparse_costs, "costs", None)
     runs = []
     forward = type(tune.args[0]).forward
     monkeypatch.setattr(type(tune.args[0]), "forward", lambda *a, **k: runs.append(1) or forward(*a, **k))
@@ -243,3 +255,35 @@ def test_killed_and_resumed_gives_the_same_recipe(searched, tmp_path, monkeypatc
     assert not runs and again.notes == resumed.notes  # nothing is measured twice
     with pytest.raises(SettingError, match="not written by this search"):
         fxopt.tune(tune.args[0], ids.flip(0), *tune.args[2:], **tune.keywords, checkpoint=path)
+
+
+def some_settings():
+    channels = ((0, 1, 8, 9), (2, 3, 10, 11))
+    return [
+        SparseAttention(method=method, budget=budget, min_length=0, channels=channels if "double" in method else None)
+        for method in ("sink_window", "pages", "double_sparsity") for budget in (1 / 8, 1 / 4, 1 / 2)
+    ]  # fmt: skip
+
+
+def test_attention_is_timed_by_method_and_budget(eager_lowering):
+    settings = some_settings()
+    found = timed(settings, 4, 2, 16, 256, torch.float32, False)
+    assert len(found) == len(settings) + 1 and min(found) > 0
+    for method in range(3):
+        small, middle, large = found[3 * method : 3 * method + 3]
+        assert middle == pytest.approx(small + (large - small) / 3)
+    acted = [r for g in fxopt.reports()[-1].graphs for r in g.remarks if r.technique == "sparse_attention"]
+    assert acted == []  # exact attention is compiled last
+    acted = [r.status for report in fxopt.reports() for r in report.remarks if r.technique == "sparse_attention"]
+    assert acted.count("applied") >= 6 * sparse_costs.LAYERS
+
+
+def test_where_nothing_is_faster_bytes_decide_with_a_warning(monkeypatch):
+    model, settings = TINY["llama"](), some_settings()
+    monkeypatch.setattr(sparse_costs, "timed", lambda settings, *_: [3e-6 + s.budget * 1e-6 for s in settings] + [2e-6])
+    with pytest.warns(UserWarning, match=r"2 microseconds a layer; sink_window 3\)"):
+        found, known = sparse_costs.costs(model, {1: settings, 2: settings}, 4096, False)
+    assert known == sparse_costs.BY_ROOFLINE and found[1] == found[2]
+    assert found[1][:3] == sorted(found[1][:3]) and found[1][2] < found[1][-1]
+    monkeypatch.setattr(sparse_costs, "timed", lambda settings, *_: [1e-6] * len(settings) + [2e-6])
+    assert sparse_costs.costs(model, {1: settings}, 4096, False) == ({1: [1e-6] * 9 + [2e-6]}, "timed here")
