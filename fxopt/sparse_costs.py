@@ -87,12 +87,12 @@ class Attentions(nn.Module):
     def forward(self, query: Tensor, new: Tensor, place: Tensor, mask: Tensor) -> Tensor:
         """query: [1, Hq, 1, D], new: [1, Hkv, 1, D], place: [1], mask: [1, 1, 1, S]"""
         for number in range(LAYERS):
-            cache = [getattr(self, f"{name}_{number}") for name in ("keys", "values")]
-            for own in cache:
-                own.index_copy_(2, place, new)
+            keys, values = (getattr(self, f"{name}_{number}") for name in ("keys", "values"))
+            keys.index_copy_(2, place, new)
+            values.index_copy_(2, place, new)
             if self.group > 1:
-                cache = [own.repeat_interleave(self.group, 1) for own in cache]
-            query = F.scaled_dot_product_attention(query, *cache, attn_mask=mask)
+                keys, values = (own.repeat_interleave(self.group, 1) for own in (keys, values))
+            query = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return query
 
 
