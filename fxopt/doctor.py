@@ -137,7 +137,9 @@ def _tools() -> list[Finding]:
     if torch.cuda.is_available():
         findings.append(Finding("ok", f"GPU: {torch.cuda.get_device_name()}"))
     else:
-        findings.append(Finding("note", "no GPU: generated kernels are not used; Inductor compiles for the CPU"))
+        registers = f"{torch.backends.cpu.get_cpu_capability()} registers, {torch.get_num_threads()} threads"
+        findings.append(Finding("note", "no GPU, so no Triton kernels: decode attention and linears of few rows run in "
+                                f"generated C++ ({registers}), Inductor compiles the rest"))  # fmt: skip
     if importlib.util.find_spec("triton") is None:
         findings.append(Finding("note", "no Triton: kernels can be neither generated nor cross-compiled",
                                 "pip install triton (Linux)"))  # fmt: skip
