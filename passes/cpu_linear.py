@@ -27,6 +27,9 @@ from fxopt.passes.linear_groups import linears_of, rows_of
 from fxopt.passes.nodes import argument, value_of
 from fxopt.passes.technique import Technique
 
+CODES = {"dtype": "FX201", "layout": "FX202", "rows": "FX301", "size": "FX302"}
+"""Of what the kernel refuses, by kind."""
+
 
 @dataclass(frozen=True)
 class CpuLinear(Technique):
@@ -61,8 +64,8 @@ class CpuLinear(Technique):
             context.missed("FX201", node, f"{value_of(node).dtype} of {x.dtype}: autocast converts")
             return
         refused = cpu_linear.refused(x, weight, bias)
-        if refused:
-            context.missed("FX301", node, refused)
+        if refused is not None:
+            context.missed(CODES[refused.kind], node, refused.reason)
             return
         new = context.rewriter.call(
             torch.ops.fxopt.cpu_linear.default, given, {}, like=node, before=node, name="cpu_linear"

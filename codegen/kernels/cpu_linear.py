@@ -77,9 +77,15 @@ def source(variant: Variant) -> str:
     return header + vectors(stored) + BODY
 
 
-def refused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """Why the library keeps these tensors (real or fake; symbolic sizes count as what they were seen with), in words;
-    "" where it need not."""
+class Refusal(NamedTuple):
+    """Why the library keeps a linear: ``kind`` is "dtype", "layout", "rows" or "size", ``reason`` in words."""
+
+    kind: str
+    reason: str
+
+
+def refused(x: Tensor, weight: Tensor, bias: Tensor | None) -> Refusal | None:
+    """Why the library keeps these tensors, real or fake; symbolic sizes count as what they were seen with."""
     return _refused(_expected(x), _expected(weight), None if bias is None else _expected(bias))
 
 
@@ -118,21 +124,23 @@ def _expected(tensor: Tensor) -> Described:
     return tensor.dtype, shape, steps
 
 
-def _refused(x: Described, weight: Described, bias: Described | None) -> str:
+def _refused(x: Described, weight: Described, bias: Described | None) -> Refusal | None:
     (dtype, shape, steps), (kept, sizes, weight_steps) = x, weight
     if dtype not in STORED or kept != dtype:
-        return f"{dtype} by {kept}: generated C++ reads float32 and bfloat16".replace("torch.", "")
+        reason = f"{dtype} by {kept}: generated C++ reads float32 and bfloat16"
+        return Refusal("dtype", reason.replace("torch.", ""))
     if len(sizes) != 2 or not shape or shape[-1] != sizes[1] or bias not in (None, (dtype, sizes[:1], (1,))):
-        return f"x {list(shape)} by {list(sizes)}"
+        return Refusal("layout", f"x {list(shape)} by {list(sizes)}")
     width, depth = sizes
     rows = torch.Size(shape[:-1]).numel()
     if rows > MOST_ROWS[dtype]:
-        return f"{rows} rows: the library is as fast from {MOST_ROWS[dtype] + 1} on"
+        return Refusal("rows", f"{rows} rows: the library is as fast from {MOST_ROWS[dtype] + 1} on")
     if width * depth * dtype.itemsize < LEAST_BYTES:
-        return f"[{width}, {depth}]: {width * depth * dtype.itemsize >> 10} kB of weights are too few"
+        size = width * depth * dtype.itemsize >> 10
+        return Refusal("size", f"[{width}, {depth}]: {size} kB of weights are too few")
     if not rows or weight_steps[1] != 1 or weight_steps[0] < depth or _row_stride(shape, steps) is None:
-        return f"strides {list(steps)} of x, {list(weight_steps)} of the weight"
-    return ""
+        return Refusal("layout", f"strides {list(steps)} of x, {list(weight_steps)} of the weight")
+    return None
 
 
 def _row_stride(shape: Sizes, steps: Sizes) -> int | None:
@@ -147,7 +155,7 @@ def _row_stride(shape: Sizes, steps: Sizes) -> int | None:
 
 @functools.lru_cache(maxsize=1024)
 def _call(x: Described, weight: Described, bias: Described | None) -> _Call | None:
-    if _refused(x, weight, bias):
+    if _refused(x, weight, bias) is not None:
         return None
     (dtype, shape, steps), (_, (width, depth), (weight_step, _)) = x, weight
     rows, widened = torch.Size(shape[:-1]).numel(), dtype != torch.float32
