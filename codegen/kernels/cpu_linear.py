@@ -26,8 +26,8 @@ LEAST_BYTES = 128 << 10
 """Weights that are smaller cost less than the way to a kernel that PyTorch does not know."""
 AHEAD = 32 << 10
 """Bytes of the weight between what is computed and what is fetched."""
-SEGMENT = 1024
-"""Channels that are summed before they join the other sums."""
+CHAIN = 64
+"""Products that a lane adds one after another before the lanes are summed: as many in registers of any width."""
 FIRST_CACHE = 32 << 10
 """Bytes of a core's first cache that x may take."""
 TILES = (1, 2, 3, 4, 6, 8)
@@ -50,7 +50,8 @@ class Variant:
     @property
     def block(self) -> int:
         """Channels of a block: the rows of x that share a pass stay in the first cache."""
-        return max(SEGMENT, FIRST_CACHE // (4 * self.rows) // SEGMENT * SEGMENT)
+        segment = CHAIN * lanes()
+        return max(segment, FIRST_CACHE // (4 * self.rows) // segment * segment)
 
     @property
     def name(self) -> str:
@@ -71,7 +72,7 @@ def source(variant: Variant) -> str:
     """The C++ text of a variant."""
     stored = STORED[variant.dtype]
     header = HEADER.format(
-        name=variant.name, rows=variant.rows, tile=variant.tile, columns=COLUMNS, segment=SEGMENT,
+        name=variant.name, rows=variant.rows, tile=variant.tile, columns=COLUMNS, segment=CHAIN * lanes(),
         block=variant.block, most=max(MOST_ROWS.values()), stored=stored,
     )  # fmt: skip
     return header + vectors(stored) + BODY
