@@ -331,7 +331,9 @@ def configured(kernel_fn: Any, constants: tuple[tuple[str, int], ...], num_warps
     return triton.autotune([config], key=[])(kernel_fn)
 
 
-def kernel_node(graph: Any, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], written: list[str]) -> Any:
+def kernel_node(
+    graph: Any, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], written: list[str]
+) -> Any:
     """A node that launches `kernel` (see :func:`configured`), functional: it yields `written` by name, filled."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 

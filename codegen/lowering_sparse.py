@@ -115,7 +115,9 @@ def choose_blocks(
     return select_top.choose(scores, bias, extent, count=count, block=block, least=least, limits=tuple(counts))
 
 
-def _cut(index: Tensor, scores: Tensor, bias: Tensor, tau: float, scale: float) -> tuple[Tensor, Tensor]:
+def _cut(
+    index: Tensor, scores: Tensor, bias: Tensor, tau: float, scale: float
+) -> tuple[Tensor, Tensor]:
     """Of each list the best blocks that together reach `tau` of the softmax over all; +inf in `bias` stays."""
     blocks = bias.shape[1]
     scores, bias = scores[..., :blocks], bias[:, None]

@@ -224,7 +224,9 @@ def measure_table(
             for _ in rows:
                 tick()
         else:
-            table.entries[n, k] = measure_entry(fused, model, device, timer, rows, seed + n + k, check, library, tick)
+            table.entries[n, k] = measure_entry(
+                fused, model, device, timer, rows, seed + n + k, check, library, tick
+            )
             table.save(place)
         found = table.entries[n, k].thresholds
         progress(f"[{number}/{len(chosen)}] [{n}, {k}] {key.dtype}: M1 = {found.m1}, M2 = {found.m2}")

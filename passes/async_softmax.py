@@ -196,7 +196,9 @@ class AsyncSoftmax(Technique):
         room = largest_certified(variant.weight_dtype)
         fitting = context.rewriter.call(operator.le, (bound, room), like=site.output)
         # Where-not before where: the choice is the device's, from the weights of this step.
-        phi = context.rewriter.method("masked_fill", (estimate, fitting, 0.0), like=site.output, before=site.output)
+        phi = context.rewriter.method(
+            "masked_fill", (estimate, fitting, 0.0), like=site.output, before=site.output
+        )
         return phi, f"phi 0, {how} the norms of queries and keys while their bound is at most {room:.3g}, else {origin}"
 
     def _estimate(

@@ -203,17 +203,7 @@ def _finish(
         if value_of(bias.node).ndim > 4:
             raise Differs("FX203", f"the mask has {value_of(bias.node).ndim} dimensions")
     return AttentionSite(
-        output,
-        form,
-        query,
-        bare_key,
-        bare_value,
-        scale,
-        biases,
-        is_causal,
-        soft_cap,
-        sinks,
-        (key, value),
+        output, form, query, bare_key, bare_value, scale, biases, is_causal, soft_cap, sinks, (key, value),
         interior=interior,
     )
 

@@ -161,7 +161,9 @@ def kernel(desc: Scores, stride: int = 0, scales: int = 0) -> Any:
     return load_kernel(write_source(name, source(desc, stride, scales), header), "scores")
 
 
-def page_scores(query: Tensor, bounds: Tensor, extent: Tensor | None = None, *, page: int, least: int = 0) -> Tensor:
+def page_scores(
+    query: Tensor, bounds: Tensor, extent: Tensor | None = None, *, page: int, least: int = 0
+) -> Tensor:
     """[B, Hkv, P], float32: of ``query: [B, Hq, 1, D]`` and ``bounds: [B, Hkv, P, 2 D]``, contiguous; no host sync."""
     batch, kv_heads, pages, _ = bounds.shape
     desc = Scores(query.dtype, query.shape[3], query.shape[1] // kv_heads, page, extent is not None)

@@ -45,7 +45,7 @@ extent    |     return tl.maximum(tl.minimum(tl.load(extent), length), 0).to(tl.
           |
 '''
 
-PAGES = """
+PAGES = '''
           | @triton.jit(do_not_specialize=["length", "least"])
           | def update(
           |     bounds,  # [B, Hkv, P, 2 D]: maximum, minimum
@@ -91,7 +91,7 @@ PAGES = """
           |         kept = (page < last)[:, None] & (d < D)[None, :]
           |         tl.store(to, high.to(bounds.dtype.element_ty), mask=kept)
           |         tl.store(to + D, low.to(bounds.dtype.element_ty), mask=kept)
-"""
+'''
 
 FEATURES = '''
 coded     | @triton.jit

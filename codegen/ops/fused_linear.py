@@ -75,7 +75,9 @@ def dataflow(dtype: str, device: torch.device, tables: str, max_m: int) -> Dataf
 
 
 @functools.lru_cache(maxsize=64)
-def _dataflow(dtype: str, device: torch.device, tables: str, max_m: int, planned: roofline.Device | None) -> Dataflow:
+def _dataflow(
+    dtype: str, device: torch.device, tables: str, max_m: int, planned: roofline.Device | None
+) -> Dataflow:
     return Dataflow(dtype, device, tables or None, max_m, planned)
 
 

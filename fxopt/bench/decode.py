@@ -199,7 +199,9 @@ def check_tokens(
     return [f"tokens against float32, {len(expected)} each: " + "; ".join(dict.fromkeys(said))]
 
 
-def compared(logits: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], slack: float) -> tuple[int, int]:
+def compared(
+    logits: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], slack: float
+) -> tuple[int, int]:
     """How many tokens are the reference's, and how many others it gives a logit within `slack` of its best."""
     equal = tied = 0
     for own, right in zip(logits, expected, strict=True):

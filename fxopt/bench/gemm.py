@@ -179,7 +179,9 @@ class Bench:
         flow.table = Table(self.key, {(sum(fused.widths), fused.depth): entry})
         return flow.config(fused, m)
 
-    def ablation(self, fused: FusedLinear, entry: Entry, m: int, x: Any, weights: Any, extras: Any) -> dict[int, float]:
+    def ablation(
+        self, fused: FusedLinear, entry: Entry, m: int, x: Any, weights: Any, extras: Any
+    ) -> dict[int, float]:
         """Median seconds of the best kernel for m rows by its number of stages."""
         base = entry.configs.get(f"flat-{max(16, bucket(m))}")
         found: dict[int, float] = {}

@@ -170,11 +170,8 @@ def steps_of(caches: Caches, flex: bool = True) -> Iterator[tuple[str, Callable[
         from torch.nn.attention.flex_attention import flex_attention
 
         mask, compiled = caches.prebuilt(), torch.compile(flex_attention, dynamic=False)
-        yield (
-            "flex, lists prebuilt",
-            lambda copy, step: compiled(  # type: ignore[misc]
-                caches.query, *caches.caches[copy], block_mask=mask, enable_gqa=True
-            ),
+        yield "flex, lists prebuilt", lambda copy, step: compiled(  # type: ignore[misc]
+            caches.query, *caches.caches[copy], block_mask=mask, enable_gqa=True
         )
     yield "sdpa", caches.sdpa
 

@@ -109,6 +109,7 @@ class Captured:
             run = wrap(run)
         return run(*inputs)
 
+
     def _compiled(self, stage: _Stage) -> Runner:
         """The stage as Inductor compiles it when every value that it computes is asked for besides."""
 

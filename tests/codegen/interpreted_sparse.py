@@ -51,7 +51,9 @@ def case_choose(blocks: int, count: int, block: int, chunks: int, kind: str) -> 
         for limits in ((), (max(1, count // 3), count)):
             end = blocks * block if filled is None else filled
             extent = None if filled is None else torch.tensor(filled)
-            index, valid = choose(scores, bias, extent, count=count, block=block, limits=limits, chunks=chunks)
+            index, valid = choose(
+                scores, bias, extent, count=count, block=block, limits=limits, chunks=chunks
+            )
             assert torch.equal(index, best_by_hand(scores, bias, end, count, block, limits))
             assert torch.equal(valid, (index >= 0).sum(-1))
 
@@ -297,7 +299,9 @@ def case_whole_is_dense(softmax: str, group: int) -> None:
     phi = {"phi": torch.zeros(2)} if softmax == "async" else {}
     dense, _ = decode_attention(desc, q, k, v, scale=0.125, **phi)
     nothing = torch.full((1, 1, 4), -1)
-    out, _ = decode_attention(replace(desc, gather=16), q, k, v, scale=0.125, index=nothing, least=200, **phi)
+    out, _ = decode_attention(
+        replace(desc, gather=16), q, k, v, scale=0.125, index=nothing, least=200, **phi
+    )
     assert torch.equal(out, dense)
     everything = torch.arange(13)[None, None]
     out, _ = decode_attention(replace(desc, gather=16), q, k, v, scale=0.125, index=everything, **phi)
@@ -318,7 +322,9 @@ def case_gathered_poison(softmax: str, group: int, block: int) -> None:
     partials = empty_partials(desc, 2, 1, 320, q.device)
     clean = [x.nan_to_num() for x in (k, v)]
     phi = {"phi": torch.zeros(1)} if softmax == "async" else {}
-    out, _ = decode_attention(desc, q, k, v, scale=0.125, index=index, valid=valid, partials=partials, **phi)
+    out, _ = decode_attention(
+        desc, q, k, v, scale=0.125, index=index, valid=valid, partials=partials, **phi
+    )
     expected = reference(
         replace(desc, gather=0, counted=False, mask="bool"), q, *clean, scale=0.125, mask=meant[:, :, None]
     )

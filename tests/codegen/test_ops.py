@@ -157,7 +157,9 @@ def test_rows_of_different_padding():
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("extra", [{}, {"soft_cap": 8.0}, {"sinks": torch.randn(8)}, {"extent": torch.tensor([20, 0])}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"soft_cap": 8.0}, {"sinks": torch.randn(8)}, {"extent": torch.tensor([20, 0])}]
+)
 def test_opcheck(permuted, extra):
     inputs = sample_inputs(tokens=3, filled=20) | extra
     tensors = [inputs.pop(name) for name in ("query", "key", "value")]
