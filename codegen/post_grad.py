@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fxopt.codegen import compat, lowering
 from fxopt.codegen.dataflow import tables_digest
-from fxopt.codegen.kernels import Unsupported
+from fxopt.codegen.kernels import Unsupported, row_stride
 from fxopt.codegen.kernels.gemm import MAX_ROWS, FusedLinear
 from fxopt.codegen.kernels.gemm_launch import Kernel, build, compile_here, launches, workspace
 from fxopt.codegen.ops import fused_linear
@@ -159,11 +158,10 @@ def _row_stride(node: fx.Node) -> int:
     value = node.meta["val"]
     if value.shape[-1] > 1 and value.stride(-1) != 1:
         raise Unsupported(f"{node.name} has strides {value.stride()}: its rows do not lie together")
-    leading = [pair for pair in zip(value.shape[:-1], value.stride()[:-1], strict=True) if pair[0] != 1]
-    for (_, outer), (size, inner) in itertools.pairwise(leading):
-        if outer != size * inner:
-            raise Unsupported(f"{node.name} has strides {value.stride()}: its rows lie at no one distance")
-    return int(leading[-1][1]) if leading else int(value.shape[-1])
+    stride = row_stride(value.shape, value.stride())
+    if stride is None:
+        raise Unsupported(f"{node.name} has strides {value.stride()}: its rows lie at no one distance")
+    return int(stride)
 
 
 def _launch(graph: fx.Graph, kernel: Kernel, rows: int, arguments: dict[str, Any], node: fx.Node) -> None:

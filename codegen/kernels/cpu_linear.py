@@ -8,7 +8,6 @@ returns None elsewhere. The C++ compiler is the one that Inductor needs on a CPU
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxopt.codegen.kernels import row_stride
 from fxopt.codegen.kernels.cpu_attention import STORED, built
 from fxopt.codegen.kernels.cpu_linear_source import BODY, HEADER
 from fxopt.codegen.kernels.cpu_vectors import lanes, vectors
@@ -139,19 +139,10 @@ def _refused(x: Described, weight: Described, bias: Described | None) -> Refusal
     if width * depth * dtype.itemsize < LEAST_BYTES:
         size = width * depth * dtype.itemsize >> 10
         return Refusal("size", f"[{width}, {depth}]: {size} kB of weights are too few")
-    if not rows or weight_steps[1] != 1 or weight_steps[0] < depth or _row_stride(shape, steps) is None:
+    apart = steps[-1] != 1 or weight_steps[1] != 1 or row_stride(shape, steps) is None
+    if not rows or apart or weight_steps[0] < depth:
         return Refusal("layout", f"strides {list(steps)} of x, {list(weight_steps)} of the weight")
     return None
-
-
-def _row_stride(shape: Sizes, steps: Sizes) -> int | None:
-    """Distance of the rows of ``[..., K]`` seen as ``[M, K]``; None where they lie at no one distance."""
-    if steps[-1] != 1:
-        return None
-    leading = [(size, step) for size, step in zip(shape[:-1], steps[:-1], strict=True) if size != 1]
-    if any(outer != size * inner for (_, outer), (size, inner) in itertools.pairwise(leading)):
-        return None
-    return leading[-1][1] if leading else shape[-1]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -167,7 +158,7 @@ def _call(x: Described, weight: Described, bias: Described | None) -> _Call | No
     # Whole tiles further on, in the same block of channels.
     tile_bytes = variant.tile * min(depth, variant.block) * dtype.itemsize
     ahead = -(-AHEAD // tile_bytes) * variant.tile * weight_step
-    stride = depth if widened else _row_stride(shape, steps)
+    stride = depth if widened else row_stride(shape, steps)
     assert stride is not None
     sizes = (rows, width, depth, stride, weight_step, ahead, int(bias is not None))
     return _Call(kernel, (*shape[:-1], width), widened, sizes)
