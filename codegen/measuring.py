@@ -8,10 +8,9 @@ does not compile, or does not compute what the library computes, is left out.
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,18 +63,46 @@ def residual_group(n: int, k: int, dtype: str) -> FusedLinear:
 
 
 def candidates(fused: FusedLinear, m: int, family: Family, device: roofline.Device) -> list[Config]:
-    """Configurations worth timing; splits stay what they are, since they must not depend on M."""
+    """Configurations worth timing, of every number of splits; :func:`settled` takes one number for a table's entry."""
     base = configure(fused, m, family, device)
     if family == "gemv":
         widths = sorted({base.block_n, max(1, base.block_n // 2), min(32, base.block_n * 2)})
         return [replace(base, stages=stages, block_n=width) for stages in (1, 2, 3) for width in widths]
+    total = sum(fused.widths[segment.products[0]] for segment in fused.epilogue.segments())
     found = []
-    for block_n in (32, 64, 128):
-        for stages in (2, 3, 4, 5):
-            config = replace(base, block_n=block_n, stages=stages, swap=base.swap and block_n >= 64)
-            if shared_bytes(fused, config) <= device.shared_bytes:
-                found.append(config)
+    for splits in roofline.split_counts(total, fused.depth, device):
+        for block_n in (32, 64, 128):
+            for stages in sorted({2, 3, 4, base.stages}):
+                swap = base.swap and block_n >= 64
+                config = replace(base, block_n=block_n, stages=stages, splits=splits, swap=swap)
+                if shared_bytes(fused, config) <= device.shared_bytes:
+                    found.append(config)
     return found
+
+
+def settled(measured: Mapping[str, Mapping[Config, Mapping[int, float]]]) -> dict[str, Config]:
+    """The fastest configuration of each place by its seconds over all M that were timed there, with one split count.
+
+    A row's sum must not depend on how many rows there are, so the flat kernels of an entry share the number of splits
+    that is the fastest for all of them together.
+
+    Args:
+        measured: seconds by M of every configuration, by place (:func:`dataflow.place_of`).
+    """
+
+    def fastest(configs: Mapping[Config, Mapping[int, float]], splits: int) -> tuple[float, Config] | None:
+        most = max(map(len, configs.values()))
+        whole = {c: sum(row.values()) for c, row in configs.items() if c.splits == splits and len(row) == most}
+        best = min(whole, key=whole.__getitem__, default=None)
+        return None if best is None else (whole[best], best)
+
+    counts = sorted({config.splits for configs in measured.values() for config in configs})
+    flat = {place: configs for place, configs in measured.items() if place.startswith("flat")}
+    shared = {s: [fastest(configs, s) for configs in flat.values()] for s in counts}
+    totals = {s: sum(f[0] for f in found if f) for s, found in shared.items() if all(found)}
+    splits = min(totals, key=totals.__getitem__, default=1)
+    chosen = {place: fastest(configs, splits if place in flat else 1) for place, configs in measured.items()}
+    return {place: found[1] for place, found in chosen.items() if found is not None}
 
 
 def cold_timer(device: torch.device, cache_bytes: int, repeats: int = 20) -> Timer:
@@ -163,7 +190,7 @@ def measure_entry(
 ) -> Entry:
     """Times a group at each number of rows; configurations that cannot run, or compute wrongly, are left out."""
     times: dict[Choice, dict[int, float]] = {"gemv": {}, "flat": {}, "library": {}}
-    best: dict[str, tuple[float, Config]] = {}
+    measured: dict[str, dict[Config, dict[int, float]]] = {}
     refused: dict[str, None] = {}
     stock = library(fused)
     for m in rows:
@@ -177,16 +204,15 @@ def measure_entry(
             except Unsupported as problem:
                 refused[problem.reason] = None
                 continue
-            times[trial.choice][m] = min(seconds, times[trial.choice].get(m, math.inf))
-            place = place_of(trial.config)
-            if place not in best or seconds < best[place][0]:
-                best[place] = (seconds, trial.config)
+            measured.setdefault(place_of(trial.config), {}).setdefault(trial.config, {})[m] = seconds
         tick()
     if refused:
         shown = "; ".join(list(refused)[:2]) + (f"; and {len(refused) - 2} more" if len(refused) > 2 else "")
         warnings.warn(f"kernels left out for {list(fused.widths)} of K {fused.depth}: {shown}")
-    kept: dict[str, dict[int, float]] = {choice: times[choice] for choice in times}
-    return Entry(thresholds_from_times(times), {place: config for place, (_, config) in best.items()}, kept)
+    configs = settled(measured)
+    for place, config in configs.items():  # what will run at these M, and not the best of what was tried for each
+        times[config.family] |= measured[place][config]
+    return Entry(thresholds_from_times(times), configs, {choice: times[choice] for choice in times})
 
 
 def measure_table(

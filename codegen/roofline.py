@@ -223,20 +223,44 @@ def estimate(flops: float, bytes: float, device: Device, dtype: str = "bfloat16"
     return max(flops / device.peak(dtype), bytes / device.bandwidth)
 
 
+FILLED = 5 / 6
+"""Blocks over units from which a device counts as busy: the units left idle cost less than another kernel would."""
+LATENCY = 1e-6
+"""Seconds from asking DRAM under load to having the data."""
+MAX_SPLITS = 8
+
+
 def block_n(n: int, device: Device) -> int:
-    """Columns per block of a flat GEMM: wide blocks where N gives enough of them, as equation 5 asks; else narrow."""
+    """Columns per block of a flat GEMM: as many as leave a block for every unit, at least 32.
+
+    Wide blocks read x less often (equation 5), but where N gives too few of them, K has to be split, and that is a
+    kernel more: 128 blocks of 32 columns of a [4096, 4096] keep 132 units as busy as 256 quarters of blocks of 64 do.
+    """
     if n >= 128 * 2 * device.units:
         return 128
-    return 64 if n >= 16 * device.units else 32
+    return 64 if math.ceil(n / 64) >= FILLED * device.units else 32
 
 
 def split_count(n: int, k: int, device: Device) -> int:
-    """Runs that K is cut into so that every unit has a block: a power of two, at most 8, at least 512 deep each.
+    """Runs that K is cut into where blocks of the least width leave units idle: a power of two, at least 512 deep each.
 
     A function of N, K and the device and not of M, so that a row's result does not depend on who else is in the batch.
     """
     blocks = math.ceil(n / block_n(n, device))
     splits = 1
-    while splits < 8 and blocks * splits < 1.4 * device.units and k // (2 * splits) >= 512:
+    while splits < MAX_SPLITS and blocks * splits < FILLED * device.units and k // (2 * splits) >= 512:
         splits *= 2
     return splits
+
+
+def split_counts(n: int, k: int, device: Device) -> list[int]:
+    """Split counts worth measuring: :func:`split_count`, and 4 where that leaves a unit no more than 4 blocks."""
+    few = math.ceil(n / block_n(n, device)) <= device.units and k // 4 >= 512
+    return sorted({split_count(n, k, device), *([4] if few else [])})
+
+
+def stages_in_flight(tile_bytes: int, blocks: int, device: Device) -> int:
+    """Pipeline stages whose loads hide DRAM's latency (Little's law), 4 to 8: few blocks have to ask for more each."""
+    wanted = device.bandwidth * LATENCY / device.units
+    resident = max(1.0, blocks / device.units)
+    return max(4, min(8, 1 + math.ceil(wanted / (tile_bytes * resident))))

@@ -226,11 +226,15 @@ def configure(fused: FusedLinear, m: int, family: Family, device: roofline.Devic
     block_k = min(128 if size == 2 and rows == 16 else 64 if size == 2 else 32, max(16, _power(fused.depth)))
     if held > 1:
         block_n = max(16, block_n // 2)
-    # Between 17 and 32 rows only swapped operands reach wgmma; its first side is 64 weights wide or a multiple.
+    splits = roofline.split_count(total, fused.depth, device)
+    # Between 17 and 32 rows only swapped operands reach wgmma; its first side is 64 weights wide or a multiple, which
+    # is not worth half of the units.
     swap = device.name in ("H100", "H200") and rows == 32 and size == 2
+    swap = swap and total / 64 * splits >= roofline.FILLED * device.units
     if swap:
         block_n = max(64, block_n)
-    config = Config("flat", rows, block_n, block_k, 4, roofline.split_count(total, fused.depth, device), swap=swap)
+    stages = roofline.stages_in_flight(held * block_n * block_k * size, -(total // -block_n) * splits, device)
+    config = Config("flat", rows, block_n, block_k, stages, splits, swap=swap)
     while config.stages > 2 and shared_bytes(fused, config) > device.shared_bytes:
         config = replace(config, stages=config.stages - 1)
     while config.block_k > 16 and shared_bytes(fused, config) > device.shared_bytes:

@@ -11,7 +11,7 @@ import torch
 from fxopt.codegen import measuring, roofline
 from fxopt.codegen.dataflow import Dataflow, Table, TableKey, Thresholds
 from fxopt.codegen.kernels import Unsupported
-from fxopt.codegen.kernels.gemm import reference, shared_bytes
+from fxopt.codegen.kernels.gemm import Config, reference, shared_bytes
 from fxopt.codegen.measuring import candidates, measure_entry, measure_table, residual_group
 from fxopt.codegen.ops.fused_linear import sample_inputs
 
@@ -155,10 +155,28 @@ def test_the_same_seed_gives_the_same_operands():
     assert [e.shape for e in first[2]] == [(40,), (24,), (24,), (3, 24)]
 
 
-def test_candidates_keep_the_splits_and_fit():
+def test_candidates_fit_and_try_few_splits():
     fused = residual_group(4096, 4096, "bfloat16")
     for device in (H200, roofline.DEVICES["L4"], roofline.DEVICES["MI300X"]):
+        tried = [{c.splits for c in candidates(fused, m, "flat", device)} for m in (1, 16, 32, 64)]
+        assert tried == [set(roofline.split_counts(4096, 4096, device))] * 4
         for m in (1, 16, 32, 64):
-            for config in candidates(fused, m, "flat", device):
-                assert config.splits == roofline.split_count(4096, 4096, device)
-                assert shared_bytes(fused, config) <= device.shared_bytes
+            assert all(shared_bytes(fused, c) <= device.shared_bytes for c in candidates(fused, m, "flat", device))
+
+
+def test_one_number_of_splits_serves_every_number_of_rows():
+    narrow, split = Config("flat", 16, 32, 128), Config("flat", 16, 64, 128, splits=4)
+    wide, wide_split = Config("flat", 64, 32, 64), Config("flat", 64, 64, 64, splits=4)
+    gemv = {Config("gemv", 1, 8, 512): {1: 5.0}, Config("gemv", 1, 4, 512): {1: 4.0}}
+    found = measuring.settled({
+        "gemv-1": gemv,
+        # Splitting wins by one at 8 and 16 rows and loses by three at 64.
+        "flat-16": {narrow: {8: 4.0, 16: 4.0}, split: {8: 3.5, 16: 3.5}},
+        "flat-64": {wide: {64: 5.0}, wide_split: {64: 8.0}},
+    })  # fmt: skip
+    assert found == {"gemv-1": Config("gemv", 1, 4, 512), "flat-16": narrow, "flat-64": wide}
+
+
+def test_a_configuration_that_failed_at_some_rows_is_not_chosen():
+    whole, part = Config("flat", 16, 32, 128), Config("flat", 16, 64, 128)
+    assert measuring.settled({"flat-16": {whole: {8: 4.0, 16: 4.0}, part: {8: 1.0}}}) == {"flat-16": whole}

@@ -111,13 +111,23 @@ def test_device_table():
 
 def test_splits_fill_the_device_and_depend_on_the_shape_only():
     assert roofline.split_count(128256, 4096, H200) == 1
-    assert roofline.split_count(4096, 4096, H200) > 1
+    # Blocks of 32 columns keep a device busy; where N has too few of them, K is split.
+    assert (roofline.block_n(4096, H200), roofline.split_count(4096, 14336, H200)) == (32, 1)
+    assert (roofline.block_n(1024, H200), roofline.split_count(1024, 4096, H200)) == (32, 4)
+    assert roofline.split_count(4096, 4096, DEVICES["MI300X"]) == 2
     for device in DEVICES.values():
         for n, k in ((4096, 4096), (4096, 14336), (1024, 4096), (28672, 4096), (64, 128)):
             splits = roofline.split_count(n, k, device)
             assert splits in (1, 2, 4, 8)
             assert splits == 1 or k // splits >= 512
             assert roofline.block_n(n, device) in (32, 64, 128)
+            assert {splits} <= set(roofline.split_counts(n, k, device)) <= {splits, 4}
+
+
+def test_few_blocks_ask_for_more_at_once():
+    assert roofline.stages_in_flight(32 * 128 * 2, 128, H200) == 6  # one block a unit: 40 KB under way of 36 asked
+    assert roofline.stages_in_flight(32 * 128 * 2, 1000, H200) == 4
+    assert roofline.stages_in_flight(16 * 32 * 2, 8, H200) == 8
 
 
 def test_this_cpu_is_measured():
