@@ -59,7 +59,8 @@ def fused_linear(fused: Any, size: int | None = None) -> Cost:
         flops += norm(size, fused.norm.kind).flops.subs(K, fused.depth)
         moved += size * fused.depth * (int(fused.norm.gamma) + int(fused.norm.beta))
     if fused.prologue is not None:
-        flops += M * fused.depth * len(fused.prologue.steps)
+        per_row = len(_per_row(fused.prologue))
+        flops += M * (fused.depth * (len(fused.prologue.steps) - per_row) + per_row)
         for extra in fused.prologue.extras:
             moved += getattr(torch, extra.dtype).itemsize * _elements(extra, fused.depth)
     for index, (output, width) in enumerate(zip(fused.epilogue.outputs, fused.output_widths, strict=True)):
@@ -74,6 +75,18 @@ def fused_linear(fused: Any, size: int | None = None) -> Cost:
 
 def _elements(extra: Any, width: int) -> Any:
     return {"full": M * width, "column": width, "row": M, "scalar": 1}[extra.layout]
+
+
+def _per_row(prologue: Any) -> set[str]:
+    """Steps that are computed once a row, [M, 1], from a prologue's statistic; the reduction itself takes M * K."""
+    if prologue.statistic is None:
+        return set()
+    own: set[str] = set()
+    narrow = {prologue.statistic.name, *(e.name for e in prologue.extras if e.layout in ("row", "scalar"))}
+    for step in prologue.steps:
+        if step is not prologue.statistic and all(a in narrow | own for a in step.args if isinstance(a, str)):
+            own.add(step.name)
+    return own
 
 
 def norm(size: int, kind: str = "rms") -> Cost:

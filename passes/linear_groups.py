@@ -6,6 +6,7 @@ Nothing is changed here: :func:`plan_groups` reads a graph and says what one ker
     n = norm(h); g = linear(n, Wg); u = linear(n, Wu); a = silu(g) * u        one group, one output
     y = linear(a, Wd, b); h2 = h + y                                          one group: bias and residual inside
 
+What may stand before the products is in :mod:`linear_before`, what follows them in :mod:`linear_parts`.
 The end of a group is the last node that everything between it and the products leads to and nothing else reads from
 in between: an intermediate that somebody else reads stays outside.
 """
@@ -24,30 +25,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.epilogue import FLOATS, dtype_name, from_nodes
 from fxopt.codegen.kernels.gemm import MAX_ROWS, FusedLinear
-from fxopt.codegen.kernels.pointwise import spelling
-from fxopt.codegen.kernels.prologue import NormMatch, PointwiseMatch, match_norm, match_pointwise
 from fxopt.passes.adapters import find_adapters
 from fxopt.passes.context import PassContext
 from fxopt.passes.kv import written_between
-from fxopt.passes.linear_parts import MAX_STEPS, POINTWISE, Part, PartFinder
-from fxopt.passes.nodes import name_of, same, value_of
+from fxopt.passes.linear_before import Before
+from fxopt.passes.linear_parts import Part, PartFinder
+from fxopt.passes.nodes import name_of, value_of
 from fxopt.passes.provenance import module_path
 
 MAX_WEIGHTS = 8
 """Weights of one group; more are split, so that a kernel's list of pointers stays short."""
-
-
-PROLOGUE_ROWS = 16
-"""Rows up to which pointwise nodes before a linear go inside. Every program computes them for its own columns of the
-weights: 16 rows cost a quarter of the time that their weights take to arrive, 64 rows as much as all of it."""
-PROLOGUE_STEPS = 12
-STATISTICS = frozenset(
-    "mean sum amax amin max min norm vector_norm linalg_vector_norm linalg_norm var std var_mean std_mean prod "
-    "logsumexp softmax log_softmax normalize layer_norm rms_norm group_norm".split()
-)
-"""What makes one number of a row, or has one inside."""
-BETWEEN = POINTWISE | set("round floor ceil trunc sign fmod remainder nan_to_num log1p expm1 softplus".split())
-"""What may stand between a row statistic and a linear."""
 
 
 @dataclass(frozen=True)
@@ -105,30 +92,12 @@ def rows_of(value: torch.Tensor) -> Any:
 
 @dataclass
 class _Family:
-    """Linears that read one tensor, and the norm that made it."""
+    """Linears that read one tensor, and what made it."""
 
     x: fx.Node
     linears: list[fx.Node]
-    norm: NormMatch | None = None
-    before: PointwiseMatch | None = None
+    before: Before
     parts: list[Part] = field(default_factory=list)
-
-    @property
-    def norm_nodes(self) -> tuple[fx.Node, ...]:
-        return self.norm.nodes if self.norm is not None else ()
-
-    @property
-    def before_nodes(self) -> tuple[fx.Node, ...]:
-        return self.before.nodes if self.before is not None else ()
-
-    @property
-    def normed(self) -> fx.Node:
-        """What the norm reads; where there is none, what the linears read."""
-        return self.norm.x if self.norm is not None else self.x
-
-    @property
-    def source(self) -> fx.Node:
-        return self.before.x if self.before is not None else self.normed
 
 
 class _Planner:
@@ -141,14 +110,14 @@ class _Planner:
     def plan(self) -> list[Group]:
         families = self._families()
         for family in families:
-            family.norm = self._norm(family)
-        claimed = {node for family in families for node in (*family.linears, *family.norm_nodes)}
+            family.before.find_norm()
+        claimed = {node for family in families for node in (*family.linears, *family.before.norm_nodes)}
         finder = PartFinder(self.context, self.position, claimed)
         groups: list[Group] = []
         for family in families:
             family.parts = finder.parts(family.linears)
         for family in families:  # what follows a product belongs to it; only what is left stands before another
-            family.before = self._before(family, finder.claimed)
+            family.before.find_pointwise(finder.claimed)
             groups += self._groups(family)
         return groups
 
@@ -174,11 +143,12 @@ class _Planner:
         if packed := [n for n in self.graph.nodes if _is_packed(n) and self.context.covers(n)]:
             message = f"its weight is packed for {name_of(packed[0])}; kernels read float16, bfloat16 or float32"
             self.context.missed("FX201", packed[0], message, count=len(packed))
-        return [
-            _Family(x, linears[start : start + MAX_WEIGHTS])
+        runs = [
+            (x, linears[start : start + MAX_WEIGHTS])
             for (x, _), linears in found.items()
             for start in range(0, len(linears), MAX_WEIGHTS)
         ]
+        return [_Family(x, run, Before(self.context, x, run, rows_of(value_of(x)))) for x, run in runs]
 
     def _refusal(self, node: fx.Node) -> tuple[str, str] | None:
         """The code and the words for the first thing that keeps a linear out; None when nothing does."""
@@ -210,76 +180,6 @@ class _Planner:
             return "FX204", f"its number of rows is {rows}, which is not known to be at most max_m={self.max_m}"
         return None
 
-    # -- the norm before ----------------------------------------------------------------------------------------
-
-    def _norm(self, family: _Family) -> NormMatch | None:
-        try:
-            match = match_norm(family.x)
-        except Unsupported as reason:
-            if (found := self._statistic(family)) is not None:
-                message = f"the {spelling(found.target)} before it stays outside: {reason.reason}"
-                self.context.missed("FX101", family.linears[0], message)
-            return None
-        like, dtype = value_of(family.x), value_of(family.x).dtype
-        read = [value_of(p) for p in (match.x, match.gamma, match.beta) if p is not None]
-        if not all(isinstance(t, torch.Tensor) and t.device == like.device for t in read):
-            return None
-        if read[0].ndim != like.ndim or not all(map(same, read[0].shape, like.shape)):
-            return None
-        odd = {t.dtype for t in read}
-        if odd != {dtype}:
-            message = f"the norm reads {_names(odd)} and the linears {dtype_name(dtype)}; it stays outside"
-            self.context.missed("FX201", family.x, message)
-            return None
-        own = {*match.nodes, *family.linears}
-        for node in match.nodes:
-            reader = next((user for user in node.users if user not in own), None)
-            if reader is not None:
-                message = f"the norm stays outside of the group: {reader.name} reads {node.name} too"
-                self.context.missed("FX104", family.x, message)
-                return None
-        return match
-
-    def _statistic(self, family: _Family) -> fx.Node | None:
-        """A row statistic from which only nodes that nobody else reads lead to the linears; None without one."""
-        waiting, seen = [family.x], set(family.linears)
-        while waiting and len(seen) <= MAX_STEPS:
-            node = waiting.pop(0)
-            if node in seen or any(user not in seen for user in node.users):
-                continue
-            seen.add(node)
-            name = spelling(node.target) if node.op in ("call_function", "call_method") else None
-            if name in STATISTICS:
-                return node
-            if name in BETWEEN:
-                waiting += node.all_input_nodes
-        return None
-
-    def _before(self, family: _Family, claimed: set[fx.Node]) -> PointwiseMatch | None:
-        root, readers = family.normed, {*family.linears, *family.norm_nodes}
-        value, rows = value_of(root), rows_of(value_of(family.x))
-        if not isinstance(rows, int) or rows > PROLOGUE_ROWS or any(user not in readers for user in root.users):
-            return None
-
-        def takes(node: fx.Node) -> bool:
-            made = value_of(node)
-            pointwise = node.op in ("call_function", "call_method") and spelling(node.target) in POINTWISE
-            return (
-                pointwise and node not in claimed and self.context.covers(node) and isinstance(made, torch.Tensor)
-                and made.device == value.device and tuple(made.shape) == tuple(value.shape)
-            )  # fmt: skip
-
-        try:
-            found = match_pointwise(root, takes)
-        except Unsupported:
-            return None
-        tensors = [value_of(extra) for extra in found.extras]
-        if any(not isinstance(t, torch.Tensor) or t.device != value.device for t in tensors):
-            return None
-        if value.dtype != value_of(family.x).dtype or not 0 < len(found.prologue.steps) <= PROLOGUE_STEPS:
-            return None
-        return found
-
     # -- one kernel ---------------------------------------------------------------------------------------------
 
     def _groups(self, family: _Family) -> list[Group]:
@@ -293,11 +193,10 @@ class _Planner:
     def _group(self, family: _Family, parts: Sequence[Part]) -> Group | None:
         linears = sorted((p for part in parts for p in part.products), key=self.position.__getitem__)
         weights = [node.args[1] for node in linears]
-        inner = {*family.before_nodes, *family.norm_nodes, *(n for part in parts for n in part.region)}
+        norm, before = family.before.norm, family.before.pointwise
+        inner = {*family.before.nodes, *(n for part in parts for n in part.region)}
         nodes = sorted(inner, key=self.position.__getitem__)
-        norm, before = family.norm, family.before
-        parameters = [] if norm is None else [p for p in (norm.gamma, norm.beta) if p is not None]
-        parameters += [] if before is None else before.extras
+        parameters, source = family.before.operands, family.before.source
         try:
             epilogue, extras = from_nodes(linears, [part.exit for part in parts])
             value = value_of(family.x)
@@ -308,13 +207,13 @@ class _Planner:
         except Unsupported as reason:
             self.context.missed("FX101", linears[0], reason.reason)
             return None
-        inputs = [family.source, *weights, *parameters, *extras]
+        inputs = [source, *weights, *parameters, *extras]
         write = written_between([n for n in inputs if isinstance(n, fx.Node)], nodes[0], nodes[-1])
         if write is not None:
             self.context.blocked("FX106", linears[0], f"{write.name} writes what the group reads")
             return None
         return Group(
-            fused, tuple(linears), tuple(weights), family.source, (*parameters, *extras),  # type: ignore[arg-type]
+            fused, tuple(linears), tuple(weights), source, (*parameters, *extras),  # type: ignore[arg-type]
             tuple(part.exit for part in parts), tuple(nodes), rows_of(value),
         )  # fmt: skip
 

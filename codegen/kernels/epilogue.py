@@ -1,14 +1,15 @@
 """Epilogues: a DAG of pointwise FX nodes behind one or more matrix products, as data, as torch and as Triton source.
 
 The products are `[..., N]` in the graph and `[M, N]` here, M being the product of the leading dimensions. Values are
-float32 inside the kernel; only an explicit cast rounds, as Inductor does it.
+float32 inside the kernel; only an explicit cast rounds, as Inductor does it. A prologue is the same before the products
+and may hold one row statistic.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.pointwise import OPERATIONS, spelling
+from fxopt.codegen.kernels.row_statistic import REDUCING, REDUCTIONS, SPREADING, add_statistic
 
+_VIEWS = {"to", "float", "half", "bfloat16", "type", "type_as", "dropout", "alpha_dropout", "contiguous", "detach"}
+"""Nodes that may give their input itself."""
 Layout = Literal["full", "column", "row", "scalar"]
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 
@@ -88,15 +92,32 @@ class Epilogue:
 
     def reach(self, output: int) -> set[str]:
         """Names of products, extras and steps that output number `output` depends on."""
-        sources = {step.name: [a for a in step.args if isinstance(a, str)] for step in self.steps}
+        return self.needed(self.outputs[output].value)
+
+    def needed(self, value: str, given: Collection[str] = ()) -> set[str]:
+        """Names of products, extras and steps that `value` depends on, itself included, as far as what is `given`."""
+        sources = {s.name: [a for a in s.args if isinstance(a, str)] for s in self.steps if s.name not in given}
         found: set[str] = set()
-        waiting = [self.outputs[output].value]
+        waiting = [value]
         while waiting:
             name = waiting.pop()
             if name not in found:
                 found.add(name)
                 waiting.extend(sources.get(name, ()))
         return found
+
+    @property
+    def statistic(self) -> Step | None:
+        """The row statistic among the steps, None without one.
+
+        Raises:
+            Unsupported: two of them.
+        """
+        found = [step for step in self.steps if step.op in REDUCTIONS]
+        if len(found) > 1:
+            names = " and ".join(f"{step.op} ({step.origin})" for step in found)
+            raise Unsupported(f"{len(found)} row statistics, {names}; a kernel computes one")
+        return found[0] if found else None
 
     def segments(self) -> tuple[Segment, ...]:
         """Outputs grouped so that groups share no product, in the order of their first product.
@@ -151,6 +172,8 @@ class Epilogue:
             if step.op == "cast":
                 keeps = exact and arguments[0].is_floating_point()  # type: ignore[union-attr]
                 values[step.name] = arguments[0] if keeps else arguments[0].to(getattr(torch, step.dtype))  # type: ignore[union-attr]
+            elif step.op in REDUCTIONS:
+                values[step.name] = REDUCTIONS[step.op].torch(*arguments)
             else:
                 values[step.name] = OPERATIONS[step.op].torch(*arguments)
         return [values[o.value] if exact else values[o.value].to(getattr(torch, o.dtype)) for o in self.outputs]
@@ -170,7 +193,9 @@ def _same(a: Any, b: Any) -> bool:
 class _Reader:
     """Walks back from the outputs to the products and collects steps and extras."""
 
-    def __init__(self, products: Sequence[fx.Node]) -> None:
+    def __init__(self, products: Sequence[fx.Node], within: Collection[fx.Node] | None) -> None:
+        self.before = within is not None
+        self.known: dict[tuple[str, str, str], str] = {}
         self.products = {node: f"p{i}" for i, node in enumerate(products)}
         self.names: dict[fx.Node, str] = dict(self.products)
         self.truths: set[str] = set()
@@ -178,27 +203,32 @@ class _Reader:
         self.extras: list[Extra] = []
         self.extra_nodes: list[fx.Node] = []
         self.batch = tuple(_tensor(products[0]).shape[:-1])
-        self.behind = self._downstream()
+        self.behind = self._downstream(within)
         for node in products:
             shape = _tensor(node).shape
             if len(shape) - 1 != len(self.batch) or not all(map(_same, shape[:-1], self.batch)):
                 raise Unsupported(f"{node.name} has other leading dimensions than {products[0].name}")
 
-    def _downstream(self) -> set[fx.Node]:
+    def _downstream(self, within: Collection[fx.Node] | None) -> set[fx.Node]:
         found = set(self.products)
-        for node in next(iter(self.products)).graph.nodes:
+        for node in next(iter(self.products)).graph.nodes if within is None else sorted(within):
             if any(source in found for source in node.all_input_nodes):
                 found.add(node)
         return found
 
     def add_step(self, op: str, args: Sequence[str | float], origin: str, dtype: str = "") -> str:
         name = f"s{len(self.steps)}"
-        expected = OPERATIONS[op].takes_boolean if op != "cast" else ()
+        if self.before:  # equal statistics count as one, whatever leads to them
+            name = self.known.setdefault((op, str(tuple(args)), dtype), name)
+            if name != f"s{len(self.steps)}":
+                return name
+        pointwise = OPERATIONS.get(op)
+        expected = pointwise.takes_boolean if pointwise is not None else ()
         for position, argument in enumerate(args):
             if op != "cast" and (argument in self.truths) != (position in expected):
                 raise Unsupported(f"{origin}: argument {position} of {op} mixes truth values and numbers")
         self.steps.append(Step(name, op, tuple(args), origin, dtype))
-        if op != "cast" and OPERATIONS[op].boolean:
+        if pointwise is not None and pointwise.boolean:
             self.truths.add(name)
         return name
 
@@ -246,15 +276,29 @@ class _Reader:
 
     def _step_of(self, node: fx.Node) -> str:
         value = _tensor(node)
-        if len(value.shape) != len(self.batch) + 1 or not all(map(_same, value.shape[:-1], self.batch)):
-            raise Unsupported(f"{node.name} of shape {tuple(value.shape)} is larger than the product it starts from")
         if value.dtype not in FLOATS and value.dtype is not torch.bool:
             raise Unsupported(f"{node.name} computes in {dtype_name(value.dtype)}")
         if node.op not in ("call_function", "call_method"):
             raise Unsupported(f"{node.name} is a {node.op}, not a pointwise operation")
         name = spelling(node.target)
+        if self.before and name in REDUCING:
+            return add_statistic(self, node, str(name), self.names, _origin(node))
+        if len(value.shape) != len(self.batch) + 1 or not all(map(_same, value.shape[:-1], self.batch)):
+            raise Unsupported(f"{node.name} of shape {tuple(value.shape)} is larger than the product it starts from")
+        if self.before and name in SPREADING:
+            return self.names[node.args[0]]  # type: ignore[index]
         arguments = [self._argument(node, a) for a in node.args if a is not None or name in ("clamp", "to")]
         return _translate(self, node, name, arguments)
+
+    def owns(self, node: Any) -> bool:
+        """Whether nobody but its one reader sees what is written to `node`, or to the memory that it is a view of."""
+        while isinstance(node, fx.Node) and node in self.behind and len(node.users) == 1:
+            if node in self.products:
+                return not self.before  # before the products it is memory of somebody else
+            if spelling(node.target) not in _VIEWS | SPREADING:
+                return True
+            node = node.args[0]
+        return False
 
     def _argument(self, node: fx.Node, argument: Any) -> Any:
         if isinstance(argument, fx.Node):
@@ -284,8 +328,7 @@ def _translate(reader: _Reader, node: fx.Node, name: str | None, args: list[Any]
             raise refuse("a cast that also moves or copies")
         return reader.add_step("cast", args[:1], origin, dtype_name(_tensor(node).dtype))
     if name in ("iadd", "imul"):
-        first = node.args[0]
-        if not isinstance(first, fx.Node) or first not in reader.behind or len(first.users) != 1:
+        if not reader.owns(node.args[0]):
             raise refuse("an in-place update of a value that others read")
         name = name[1:]
     if name in ("dropout", "alpha_dropout", "contiguous", "clone", "detach"):
@@ -330,20 +373,20 @@ def _translate(reader: _Reader, node: fx.Node, name: str | None, args: list[Any]
 
 
 def from_nodes(
-    products: Sequence[fx.Node], outputs: Sequence[fx.Node], biased: bool = True
+    products: Sequence[fx.Node], outputs: Sequence[fx.Node], within: Collection[fx.Node] | None = None
 ) -> tuple[Epilogue, list[fx.Node]]:
     """Reads the epilogue between `products` (linears, their bias included) and `outputs` from an FX graph.
 
     Every node must carry `example_value` or `val`. Returns the epilogue and, for each of its extras, the node that
     feeds it. A node between a product and an output that is not pointwise, an intermediate broadcast beyond the
-    product's shape, or a dtype that is neither float nor bool is refused. Without `biased`, products are any nodes, and
-    their third argument is no bias.
+    product's shape, or a dtype that is neither float nor bool is refused. `within`, the only nodes to read, makes it a
+    prologue: the one of `products` is then any node, its third argument is no bias, and row statistics are read.
 
     Raises:
         Unsupported: with the first thing that did not fit.
     """
-    reader = _Reader(products)
-    for index, node in enumerate(products if biased else ()):
+    reader = _Reader(products, within)
+    for index, node in enumerate(() if reader.before else products):
         bias = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
         if isinstance(bias, fx.Node):
             reader.names[node] = reader.add_step("add", [f"p{index}", reader.add_extra(bias, "column")], "bias")

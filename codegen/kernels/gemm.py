@@ -26,7 +26,7 @@ MAX_ROWS = 64
 
 @dataclass(frozen=True)
 class Norm:
-    """The row statistic before the products: RMSNorm or LayerNorm over K.
+    """A row statistic before the products with what is made of it: RMSNorm or LayerNorm over K.
 
     gamma multiplies the normalised row, as `1 + gamma` with `unit_offset` (Gemma); beta is added to it.
     """
@@ -62,7 +62,8 @@ class FusedLinear:
     """Linears that share an input, with their neighbours. Hashable; `encode` makes a string of it for an operator.
 
     A prologue is what happens to x, its product ``p0``, before the norm if there is one: pointwise steps on [M, K] with
-    extras named ``q0, q1, ...`` and one output. The norm is the one row statistic that there may be.
+    extras named ``q0, q1, ...`` and one output. There may be one row statistic: the norm, or a reduction among the
+    steps of the prologue.
 
     dtype is that of x and of every weight; depth is K; widths are N of each weight. Products that one output needs
     together (gate and up) must be equally wide, and every output must need equally many products.
@@ -82,6 +83,12 @@ class FusedLinear:
             raise Unsupported(f"a linear without rows or columns: K={self.depth}, N={self.widths}")
         if self.epilogue.products != len(self.widths):
             raise Unsupported(f"an epilogue of {self.epilogue.products} products for {len(self.widths)} weights")
+        if self.epilogue.statistic is not None:
+            raise Unsupported(f"{self.epilogue.statistic.op} after the products; no program holds a whole row of them")
+        if self.prologue is not None and self.prologue.statistic is not None:
+            check_statistic(self.prologue)
+            if self.norm is not None:
+                raise Unsupported(f"{self.prologue.statistic.op} before a norm; a kernel computes one row statistic")
         segments = self.epilogue.segments()
         if len({len(segment.products) for segment in segments}) > 1:
             raise Unsupported("outputs that need different numbers of products in one group; merge them separately")
@@ -135,6 +142,17 @@ class FusedLinear:
         gamma = rest.pop(0) if self.norm is not None and self.norm.gamma else None
         beta = rest.pop(0) if self.norm is not None and self.norm.beta else None
         return gamma, beta, rest
+
+
+def check_statistic(prologue: Epilogue) -> None:
+    """Raises Unsupported for two row statistics, and for one of another tensor than the row that it goes into."""
+    statistic = prologue.statistic
+    if statistic is None:
+        return
+    reduced = prologue.needed(str(statistic.args[0]))
+    row = prologue.needed(prologue.outputs[0].value, (statistic.name,))
+    if "p0" not in reduced or "p0" not in row:
+        raise Unsupported(f"{statistic.op} ({statistic.origin}) is of another tensor than the row that it goes into")
 
 
 def reference(

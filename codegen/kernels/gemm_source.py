@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fxopt.codegen.kernels import epilogue_source, prologue_source
+from fxopt.codegen.kernels import epilogue_source, prologue_source, row_statistic_source
 from fxopt.codegen.kernels.epilogue import Epilogue, Segment
 from fxopt.codegen.kernels.gemm import Config, FusedLinear
 
@@ -31,7 +31,10 @@ class Writer:
         # statistic is computed first. Elsewhere it is gathered in the same pass and applied to the products.
         commutes = norm is not None and norm.kind == "rms" and (config.family == "gemv" or fused.dtype != "float16")
         self.commutes = commutes
-        self.first = norm is not None and not commutes
+        self.first = ["mean", "scale"] if norm is not None and not commutes else []
+        """What is computed of a row ahead of the product, [rows, 1] each."""
+        if fused.prologue is not None and fused.prologue.statistic is not None:
+            self.first = ["statistic"]
         self.even_k = fused.depth % config.block_k == 0
 
     # --- signatures ------------------------------------------------------------------------------------------------
@@ -149,48 +152,22 @@ class Writer:
     # --- the row statistic -----------------------------------------------------------------------------------------
 
     def row_statistic(self) -> list[str]:
-        """A function that reads whole rows ahead of the product and gives their mean and scale, [rows, 1] each."""
-        norm = self.fused.norm
-        assert norm is not None
-        layer = norm.kind == "layer"
-        lines = [
-            "",
-            "",
-            "@triton.jit",
-            f"def row_statistic(x_rows, inside, m, M, {self._before()}K: tl.constexpr, ROWS: tl.constexpr, "
-            "BLOCK: tl.constexpr):",
-        ]
-        lines.append(
-            '    """x_rows: pointers [rows, 1] to mean [rows, 1] and reciprocal deviation [rows, 1] over K."""'
-        )
-        lines.append("    k = tl.arange(0, BLOCK)[None, :]")
-        if layer:
-            lines += [
-                "    total = tl.zeros((ROWS, BLOCK), tl.float32)",
-                "    for start in range(0, K, BLOCK):",
-                f"        total += {self._input('x_rows', 'start + k', 'm', 'inside')}",
-                "    mean = tl.sum(total, axis=1)[:, None] / K",
-            ]
-        else:
-            lines.append("    mean = 0.0")
-        lines += [
-            "    squares = tl.zeros((ROWS, BLOCK), tl.float32)",
-            "    for start in range(0, K, BLOCK):",
-            f"        value = {self._input('x_rows', 'start + k', 'm', 'inside')}",
-            "        value = tl.where(start + k < K, value - mean, 0.0)" if layer else None,  # type: ignore[list-item]
-            "        squares += value * value",
-            f"    return mean, tl.rsqrt(tl.sum(squares, axis=1)[:, None] / K + {norm.eps!r})",
-        ]  # type: ignore[list-item]
-        return [line for line in lines if line is not None]
+        """The function that gives what `first` names, [rows, 1] each, of whole rows."""
+        norm, prologue = self.fused.norm, self.fused.prologue
+        if norm is not None:
+            return row_statistic_source.of_norm(norm, prologue, self._input("x_rows", "start + k", "m", "inside"))
+        assert prologue is not None
+        return row_statistic_source.of_prologue(prologue)
 
     def _before(self) -> str:
         """The prologue's parameters, each followed by a comma."""
         return "".join(f"{name}, " for name in prologue_source.parameters(self.fused.prologue))
 
-    def _input(self, rows: str, at: str, m: str, inside: str) -> str:
-        """A float32 tile of the input, after the prologue and before the norm, zero outside."""
+    def _input(self, rows: str, at: str, m: str, inside: str, row: str = "") -> str:
+        """A float32 tile of the input, after the prologue and before the norm, zero outside; `row` tells rows apart."""
         if self.fused.prologue is not None:
-            return f"prologue({rows}, {at}, {m}, {inside}, M, {self._before()}K)"
+            statistic = f"statistic{row}, " if self.first == ["statistic"] else ""
+            return f"prologue({rows}, {at}, {m}, {inside}, M, {self._before()}{statistic}K)"
         return f"tl.load({rows} + {at}, mask={inside} & ({at} < K), other=0.0).to(tl.float32)"
 
     def _affine_loads(self) -> list[str]:
@@ -244,7 +221,7 @@ class Writer:
             if self.first:
                 block = "BLOCK_K * 4" if self.fused.depth > self.config.block_k * 2 else "BLOCK_K"
                 inputs = f"x_row{r}, m{r} >= 0, tl.minimum(m{r}, M - 1), M, {self._before()}K, 1, {block}"
-                lines.append(f"    mean{r}, scale{r} = row_statistic({inputs})")
+                lines.append(f"    {', '.join(f'{name}{r}' for name in self.first)} = row_statistic({inputs})")
             if self.commutes:
                 lines.append(f"    squares{r} = tl.zeros((1, BLOCK_K), tl.float32)")
             lines += [f"    {letter}{r} = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)" for letter in self.letters]
@@ -254,7 +231,7 @@ class Writer:
         lines += [f"        {le}_tile = tl.load({le}_rows + at{mask}).to(tl.float32)" for le in self.letters]
         for r in rows:
             if fused.prologue is not None:
-                tile = self._input(f"x_row{r}", "at", f"tl.minimum(m{r}, M - 1)", f"(m{r} >= 0)")
+                tile = self._input(f"x_row{r}", "at", f"tl.minimum(m{r}, M - 1)", f"(m{r} >= 0)", str(r))
             else:
                 tile = f"tl.load(x_row{r} + at{mask}).to(tl.float32)"
             lines.append(f"        x_tile{r} = {tile}")
@@ -288,7 +265,7 @@ class Writer:
         ]
         if self.first:
             inputs = f"x_rows, inside, m, M, {self._before()}K, BLOCK_M, BLOCK_K * 2"
-            lines.append(f"    mean, scale = row_statistic({inputs})")
+            lines.append(f"    {', '.join(self.first)} = row_statistic({inputs})")
         if self.commutes:
             lines.append("    squares_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)")
         lines += [f"    {letter} = tl.zeros({shape}, tl.float32)" for letter in self.letters]

@@ -89,7 +89,9 @@ _SPELLINGS = {
     "clip": "clamp",
 }
 
-_HOMES = {"torch", "torch.nn.functional", "torch._C._nn", "_operator", "torch._C"}
+_HOMES = {
+    "torch", "torch.functional", "torch.nn.functional", "torch._C", "torch._C._nn", "torch._C._linalg", "_operator",
+}  # fmt: skip
 
 
 def spelling(target: Any) -> str | None:

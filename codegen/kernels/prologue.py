@@ -1,4 +1,4 @@
-"""Recognises what stands before a linear in an FX graph: a norm, and pointwise nodes.
+"""Recognises what stands before a linear in an FX graph: a norm, or pointwise nodes with one row statistic.
 
 Norms: `F.layer_norm`, `F.rms_norm`, and RMSNorm written out in full.
 
@@ -17,7 +17,7 @@ from torch import fx
 
 from fxopt.codegen.kernels import Unsupported
 from fxopt.codegen.kernels.epilogue import Epilogue, Output, from_nodes
-from fxopt.codegen.kernels.gemm import Norm
+from fxopt.codegen.kernels.gemm import Norm, check_statistic
 from fxopt.codegen.kernels.pointwise import spelling
 
 _CASTS = {"to", "float", "half", "bfloat16", "type_as", "contiguous"}
@@ -180,12 +180,15 @@ class PointwiseMatch:
     x: fx.Node
     extras: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
+    refused: str = ""
+    """Why more of them could not be taken; empty where nothing was refused."""
 
 
 def match_pointwise(root: fx.Node, takes: Callable[[fx.Node], bool]) -> PointwiseMatch:
     """Reads the pointwise nodes that `root` [..., K] comes from, as far as nobody outside reads between.
 
     Of the tensors they start from, x is the one that most of them depend on; what does not come from it is an extra.
+    One reduction of x over K may be among them, with what is made of its result [..., 1].
 
     Args:
         takes: whether a node may become part of a kernel; its readers are looked at here.
@@ -202,7 +205,7 @@ def match_pointwise(root: fx.Node, takes: Callable[[fx.Node], bool]) -> Pointwis
                 waiting.append(source)
     like = _value(root)
     best: tuple[int, PointwiseMatch] | None = None
-    reason = f"{root.name} is not made by pointwise nodes"
+    reason = ""
     for leaf in dict.fromkeys(n for node in sorted(region) for n in node.all_input_nodes if n not in region):
         value = _value(leaf)
         if like is None or value is None or value.dtype != like.dtype or tuple(value.shape) != tuple(like.shape):
@@ -211,14 +214,15 @@ def match_pointwise(root: fx.Node, takes: Callable[[fx.Node], bool]) -> Pointwis
         if root not in own or (best is not None and len(own) <= best[0]):
             continue
         try:
-            read, extras = from_nodes([leaf], [root], biased=False)
+            read, extras = from_nodes([leaf], [root], within=region)
+            check_statistic(read)
         except Unsupported as problem:
             reason = problem.reason
             continue
         best = len(own), PointwiseMatch(_renamed(read), leaf, tuple(extras), tuple(sorted(own)))
     if best is None:
-        raise Unsupported(reason)
-    return best[1]
+        raise Unsupported(reason or f"{root.name} is not made by pointwise nodes")
+    return replace(best[1], refused=reason)
 
 
 def _depending(region: set[fx.Node], leaf: fx.Node) -> set[fx.Node]:

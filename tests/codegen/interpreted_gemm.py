@@ -62,7 +62,7 @@ def operands(fused, m, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(shape, generator=generator)  # a scalar has no sizes to unpack
 
     kind = getattr(torch, fused.dtype)
     x = (normal(m, fused.depth) * 1.5 + 0.25).to(kind)

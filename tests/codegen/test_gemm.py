@@ -25,14 +25,15 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter(tmp_path):
+@pytest.mark.parametrize(("file", "least"), [("interpreted_gemm.py", 50), ("interpreted_statistics.py", 120)])
+def test_kernels_in_the_interpreter(tmp_path, file, least):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FXOPT_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(HERE / "interpreted_gemm.py"), "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(HERE / file), "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None, done.stdout
-    assert int(passed.group(1)) >= 50
+    assert int(passed.group(1)) >= least
     assert "skipped" not in done.stdout
 
 
@@ -215,6 +216,64 @@ def test_descriptions_that_cannot_hold(make, reason):
     with pytest.raises(Unsupported, match=reason) as caught:
         make()
     assert caught.value.reason == str(caught.value)
+
+
+LONGEST = Step("t0", "row_amax", ("p0",), "amax")
+SUM = Step("t1", "row_sum", ("p0",), "sum")
+
+
+def statistic_group(*steps, extras=(), norm=None, after=None):
+    prologue = Epilogue(1, (Output(steps[-1].name, "float32"),), steps, extras)
+    return FusedLinear("float32", 8, (4,), after or plain(1), norm, prologue)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda: statistic_group(
+                LONGEST, SUM, Step("t2", "mul", ("t0", "t1"), "m"), Step("t3", "mul", ("p0", "t2"), "m")
+            ),
+            r"2 row statistics, row_amax \(amax\) and row_sum \(sum\)",
+        ),
+        (
+            lambda: statistic_group(LONGEST, Step("t1", "div", ("p0", "t0"), "div"), norm=Norm("rms", 1e-6)),
+            "row_amax before a norm",
+        ),
+        (
+            lambda: statistic_group(
+                LONGEST, Step("t1", "div", ("q0", "t0"), "div"), extras=(Extra("q0", "full", "float32"),)
+            ),
+            "of another tensor than the row",
+        ),
+        (lambda: statistic_group(LONGEST), "of another tensor than the row"),
+        (
+            lambda: FusedLinear("float32", 8, (4,), Epilogue(
+                1, (Output("s1", "float32"),),
+                (Step("s0", "row_sum", ("p0",), "sum"), Step("s1", "div", ("p0", "s0"), "div")),
+            )),
+            "row_sum after the products",
+        ),
+    ],
+    ids=["two", "norm", "another", "alone", "after"],
+)  # fmt: skip
+def test_row_statistics_that_no_kernel_computes(make, reason):
+    with pytest.raises(Unsupported, match=reason):
+        make()
+
+
+def test_a_file_with_a_statistic_holds_each_step_where_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXOPT_CACHE_DIR", str(tmp_path))
+    steps = (Step("t0", "mul", ("p0", "q0"), "gate"), LONGEST, Step("t2", "sqrt", ("t1",), "root"))
+    steps = (steps[0], Step("t1", "row_amax", ("t0",), "amax"), steps[2], Step("t3", "div", ("p0", "t2"), "div"))
+    fused = statistic_group(*steps, extras=(Extra("q0", "full", "float32"),))
+    for config in (Config("gemv", 2, 2, 32), Config("flat", 16, 16, 16, splits=2)):
+        text = build(fused, config).path.read_text()
+        functions = dict(re.findall(r"^def (\w+)\((?:[^\n]|\n(?!\n))*?\):\n((?:    .*\n)+)", text, re.MULTILINE))
+        assert ("t0 =" in functions["reduced"], "t0 =" in functions["prologue"]) == (True, False)
+        assert ("t2 =" in functions["reduced"], "t2 =" in functions["prologue"]) == (False, True)
+        assert "tl.load(q0" in functions["reduced"] and "tl.load(q0" not in functions["prologue"]
+        assert text.count("= row_statistic(") == (2 if config.family == "gemv" else 1)
 
 
 def test_outputs_that_need_different_numbers_of_products():

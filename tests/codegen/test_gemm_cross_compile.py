@@ -140,6 +140,38 @@ def test_default_configurations_on_other_targets(target, rows, record_property):
     assert info.count("mma" if target == "sm_100" else "mfma") > 0
 
 
+STATISTICS = {
+    "row_sum": (Step("t0", "square", ("p0",), "norm"), Step("t1", "row_sum", ("t0",), "norm"),
+                Step("t2", "sqrt", ("t1",), "norm"), Step("t3", "div", ("p0", "t2"), "div")),
+    "row_amax": (Step("t0", "abs", ("p0",), "abs"), Step("t1", "row_amax", ("t0",), "amax"),
+                 Step("t2", "clamp_min", ("t1", 1e-5), "clamp"), Step("t3", "div", ("p0", "t2"), "div")),
+    "row_amin": (Step("t1", "row_amin", ("p0",), "amin"), Step("t3", "sub", ("p0", "t1"), "sub")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("name", list(STATISTICS))
+def test_a_row_statistic_before_the_products(name, target, dtype, rows, record_property):
+    """Whole rows are read ahead of the loop; what is made of the statistic alone is made there too."""
+    before = Epilogue(1, (Output("t3", dtype),), STATISTICS[name])
+    fused = FusedLinear(dtype, 4096, (4096,), residual(dtype), None, before)
+    device = roofline.DEVICES[{"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}[target]]
+    config = configure(fused, rows, "gemv" if rows == 1 else "flat", device)
+    found = compiled(fused, config, target, record_property)
+    main = found["gemv" if rows == 1 else "flat_gemm"]
+    assert main.shared_bytes <= device.shared_bytes
+    if name != "row_sum":  # the larger of a number and NaN is NaN
+        extreme = name.removeprefix("row_a")
+        assert main.count(rf"{extreme}\.NaN\.f32" if target.startswith("sm") else r"v_cmp_[ou]_f32") > 0
+    elif target.startswith("sm"):
+        assert main.asm.rindex("sqrt.approx") < main.asm.rindex("Inner Loop Header")
+    if target.startswith("sm"):
+        assert main.count(WIDE_COPY) > 0
+        assert main.count(MMA) > 0 or rows == 1 or dtype == "float32"
+
+
 def test_float32_is_float32(record_property):
     info = compiled(down("float32"), Config("flat", 16, 32, 32), "sm_90", record_property)["flat_gemm"]
     assert info.count("tf32") == 0

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxopt.codegen import dataflow, post_grad, source
+from fxopt.codegen.kernels.epilogue import Epilogue, Output, Step
 from fxopt.codegen.kernels.gemm import Config
 from fxopt.codegen.kernels.gemm_launch import build, launches, workspace
 from fxopt.codegen.ops.fused_linear import sample_inputs
@@ -112,8 +114,16 @@ def test_passes_that_a_user_registered_keep_their_place():
     assert post_grad.Lowering(others=[unnamed]).uuid() is None, "a pass without a name switches the caches off"
 
 
+def with_statistic(fused):
+    """The same group whose row is divided by its largest entry, in place of a norm."""
+    steps = (Step("t0", "abs", ("p0",), "abs"), Step("t1", "row_amax", ("t0",), "amax"),
+             Step("t2", "div", ("p0", "t1"), "div"))  # fmt: skip
+    return replace(fused, prologue=Epilogue(1, (Output("t2", fused.dtype),), steps))
+
+
 KERNELS = """
 import torch
+from test_post_grad import with_statistic
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as launched
 from torch.fx.experimental.proxy_tensor import make_fx
 from fxopt.codegen import lowering, post_grad, roofline
@@ -131,8 +141,11 @@ for rows, how in (
     ((2, 1), {"norm": "layer", "gated": False, "widths": (24, 9, 16)}),
     ((5,), {"norm": "", "widths": (40,), "gated": False, "depth": 1100}),
     ((3, 2), {"depth": 1100}),
+    ((2,), {"norm": ""}),
+    ((7,), {"norm": "", "depth": 1100}),
 ):
     fused, x, weights, extras = fused_linear.sample_inputs(rows=rows, **how)
+    fused = with_statistic(fused) if rows in ((2,), (7,)) else fused
     both = torch.cat(weights)  # slices: rows of a weight at a distance, an offset into its storage
     weights = list(both.split(fused.widths))
     def function(x, weights, extras):
@@ -151,6 +164,8 @@ for rows, how in (
 assert kernels["(1, 1)"] == [1, ["out0"]], kernels
 assert kernels["(2, 1)"] == [1, ["out0", "out1", "out2"]], kernels
 assert kernels["(5,)"] == [2, ["out0", "partials"]], kernels
+assert kernels["(2,)"] == [1, ["out0"]], kernels
+assert kernels["(7,)"] == [2, ["out0", "partials"]], kernels
 assert kernels["(3, 2)"] == [2, ["out0", "partials", "squares"]], kernels
 
 # Rows that are known at each call only, rows at no one distance, and a limit: the operator stays and chooses then.
@@ -173,7 +188,7 @@ print("agreed")
 
 def test_lowered_graphs_compute_what_the_operator_does(tmp_path):
     environment = os.environ | {
-        "TRITON_INTERPRET": "1", "FXOPT_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parents[1]),
+        "TRITON_INTERPRET": "1", "FXOPT_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-c", KERNELS]
@@ -203,8 +218,10 @@ def test_inductor_sees_what_the_kernels_write(monkeypatch):
         ({}, Config("gemv", 1, 8, 64)),
         ({"depth": 1100}, Config("flat", 16, 32, 32, splits=2)),
         ({"norm": "layer", "gated": False, "widths": (24, 9, 16)}, Config("flat", 16, 16, 16)),
+        ({"norm": ""}, Config("flat", 16, 16, 16)),
     ):
         fused, x, weights, extras = sample_inputs(**how)
+        fused = fused if fused.norm is not None else with_statistic(fused)
         kernel = build(fused, config)
         values = {"x": x, "x_stride": x.shape[-1], "M": 2}
         for index, weight in enumerate(weights):
@@ -220,4 +237,4 @@ def test_inductor_sees_what_the_kernels_write(monkeypatch):
                 written.append(sorted(d.name for d in accesses.read_writes.writes))
             else:  # torch 2.11
                 written.append(sorted(triton_kernel_wrap.identify_mutated_tensors(launch.jit, given, {})))
-    assert written == [["out0"], ["partials", "squares"], ["out0"], ["out0", "out1", "out2"]]
+    assert written == [["out0"], ["partials", "squares"], ["out0"], ["out0", "out1", "out2"], ["out0"]]

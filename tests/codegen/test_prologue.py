@@ -144,6 +144,13 @@ def pointwise(function, *example):
     return match_pointwise(linear.args[0], takes)
 
 
+def statistic(function, *example):
+    """What :func:`match_pointwise` reads of the ATen graph of `function`, taking every node."""
+    module = make_fx(function)(*example)
+    (end,) = [node for node in module.graph.nodes if node.op == "output"]
+    return match_pointwise(end.args[0], lambda node: node.op.startswith("call"))
+
+
 W = torch.randn(8, 16)
 
 
@@ -177,6 +184,63 @@ def test_what_others_read_stays_outside():
     found = pointwise(function, X)
     assert [step.op for step in found.prologue.steps] == ["mul"]
     assert found.x.name == "gate"
+
+
+LENGTH = ["square", "row_sum", "sqrt"]
+
+
+@pytest.mark.parametrize(
+    ("function", "steps"),
+    [
+        (lambda x: x / x.norm(dim=-1, keepdim=True), [*LENGTH, "div"]),
+        (lambda x: x / torch.linalg.vector_norm(x, float("-inf"), -1, True), ["abs", "row_amin", "div"]),
+        (lambda x: F.normalize(x, dim=2), [*LENGTH, "clamp_min", "div"]),
+        (lambda x: x - x.mean(2, True), ["row_sum", "div", "sub"]),
+        (lambda x: x * x.sum([-1], keepdim=True), ["row_sum", "mul"]),
+        (lambda x: x / x.abs().amax(-1, True), ["abs", "row_amax", "div"]),
+        (lambda x: x * x.sum(-1, True, dtype=torch.float16), ["cast", "row_sum", "mul"]),
+    ],
+)
+def test_row_statistics_of_an_aten_graph(function, steps):
+    found = statistic(function, X)
+    assert [step.op for step in found.prologue.steps] == steps
+    (rows,) = found.prologue.evaluate([X.reshape(6, 16)], [])
+    torch.testing.assert_close(rows.view_as(X), function(X), rtol=1e-3, atol=1e-3)
+
+
+def test_equal_statistics_are_one():
+    twice = statistic(lambda x: x / x.norm(dim=-1, keepdim=True) - x * x.norm(dim=-1, keepdim=True), X)
+    assert sorted(step.op for step in twice.prologue.steps) == sorted([*LENGTH, "div", "mul", "sub"])
+    with pytest.raises(Unsupported, match="2 row statistics, row_amax .* and row_amin"):
+        statistic(lambda x: (x - x.amin(-1, keepdim=True)) / x.amax(-1, keepdim=True), X)
+    with pytest.raises(Unsupported, match="2 row statistics, row_sum .* and row_sum"):
+        statistic(lambda x: x * x.sum(-1, keepdim=True) * x.abs().sum(-1, keepdim=True), X)
+
+
+def test_half_precision_is_reduced_in_float32():
+    x = torch.full((2, 3, 16), 3e4, dtype=torch.float16)  # squares and lengths beyond 65504
+    found = statistic(lambda x: F.normalize(x, dim=-1), x)
+    assert [step.op for step in found.prologue.steps] == ["cast", *LENGTH, "clamp_min", "div"]
+    (rows,) = found.prologue.evaluate([x.reshape(6, 16)], [])
+    torch.testing.assert_close(rows, torch.full_like(rows, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x / x.norm(dim=1, keepdim=True), "reduces dimensions 1;"),
+        (lambda x: x / x.norm(dim=(1, 2), keepdim=True), "reduces dimensions 1, 2;"),
+        (lambda x: x * x.norm(), "all dimensions"),
+        (lambda x: x * x.norm(dim=-1).mean(), "drops the dimension"),
+        (lambda x: x / x.norm(p=0.5, dim=-1, keepdim=True), "order 0.5"),
+        (lambda x: x * (x > 0).amax(-1, keepdim=True), "mixes truth values"),
+        (lambda x: x * (x > 0).sum(-1, keepdim=True), "computes in int64"),
+        (lambda x: x.mean(-1, keepdim=True).expand_as(x) * 2.0, "of another tensor than the row"),
+    ],
+)
+def test_reductions_that_are_no_statistic_of_the_row(function, reason):
+    with pytest.raises(Unsupported, match=reason):
+        statistic(function, X)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Roofline expressions against counts done by hand; interpreted_gemm.py compares them with what kernels touch."""
 
+from dataclasses import replace
+
 import pytest
 import sympy
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.codegen import roofline
-from fxopt.codegen.kernels.epilogue import Epilogue
+from fxopt.codegen.kernels.epilogue import Epilogue, Extra, Output, Step
 from fxopt.codegen.kernels.gemm import FusedLinear, Norm
 from fxopt.codegen.measuring import residual_group
 from fxopt.codegen.roofline import DEVICES
@@ -136,3 +138,14 @@ def test_this_cpu_is_measured():
     assert 1e8 < cpu.bandwidth < 5e12
     assert 1e8 < cpu.peak("float32") < 1e14
     assert roofline.current_device(torch.device("cpu")) is cpu
+
+
+def test_a_row_statistic_is_counted_once_a_row_and_reads_nothing_more():
+    plain = FusedLinear("float16", 50, (37,), Epilogue.plain(1, torch.float16))
+    length = (("square", "p0"), ("row_sum", "t0"), ("sqrt", "t1"), ("mul", "t2", "q0"), ("div", "p0", "t3"))
+    steps = tuple(Step(f"t{i}", op, tuple(args), op) for i, (op, *args) in enumerate(length))
+    before = Epilogue(1, (Output("t4", "float16"),), steps, (Extra("q0", "row", "float16"),))
+    flops, moved = roofline.fused_linear(replace(plain, prologue=before)).at(M=5)
+    without = roofline.fused_linear(plain).at(M=5)
+    # Square, sum and division for every element; the root and the factor once a row.
+    assert (flops, moved) == (without[0] + 5 * (3 * 50 + 2), without[1] + 5 * 2)

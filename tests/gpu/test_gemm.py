@@ -72,6 +72,38 @@ def test_every_family_against_float64(make, dtype, shape):
                 assert off <= 2 * (peer.double() - right).abs().max().item() + grain, (m, config)
 
 
+STATISTICS = {
+    "row_sum": (Step("t0", "cast", ("p0",), "norm", "float32"), Step("t1", "square", ("t0",), "norm"),
+                Step("t2", "row_sum", ("t1",), "norm"), Step("t3", "sqrt", ("t2",), "norm"),
+                Step("t4", "div", ("p0", "t3"), "div")),
+    "row_amax": (Step("t0", "abs", ("p0",), "abs"), Step("t1", "row_amax", ("t0",), "amax"),
+                 Step("t4", "div", ("p0", "t1"), "div")),
+    "row_amin": (Step("t1", "row_amin", ("p0",), "amin"), Step("t4", "sub", ("p0", "t1"), "sub")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(STATISTICS))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(333, 1001), (1024, 4096)])
+def test_row_statistics_against_float64_and_beside_a_row_of_nan(name, dtype, shape):
+    count, epilogue, _ = residual(dtype)
+    before = Epilogue(1, (Output("t4", dtype),), STATISTICS[name])
+    fused = FusedLinear(dtype, shape[1], (shape[0],) * count, epilogue, None, before)
+    for m in (1, 2, 3, 5, 8, 16):
+        x, weights, extras = operands(fused, m)
+        x[m // 2, -1] = float("nan")
+        exact = reference(fused, x.double(), [w.double() for w in weights], [e.double() for e in extras], exact=True)[0]
+        eager = reference(fused, x, weights, extras)[0]
+        for family in ("flat", "gemv") if m <= 8 else ("flat",):
+            found = run(fused, x, weights, extras, configure(fused, m, family, roofline.current_device()))[0]
+            assert torch.equal(found.isnan(), exact.isnan()), (m, family)
+            right, peer = exact.nan_to_num(), eager.double().nan_to_num()
+            grain = torch.finfo(found.dtype).eps * max(right.abs().max().item(), 1.0)
+            grain *= 64 if dtype == "float32" else 1
+            off = (found.double().nan_to_num() - right).abs().max().item()
+            assert off <= 2 * (peer - right).abs().max().item() + grain, (m, family)
+
+
 @pytest.mark.parametrize("config", [Config("gemv", 1, 8, 512), Config("flat", 16, 64, 128, 4, 4)], ids=["gemv", "flat"])
 def test_two_runs_give_the_same_bits(config):
     fused = group(residual, "bfloat16", 4096, 4096)
