@@ -273,7 +273,7 @@ def split_counts(n: int, k: int, device: Device) -> list[int]:
 
 
 def stages_in_flight(tile_bytes: int, blocks: int, device: Device) -> int:
-    """Pipeline stages whose loads hide DRAM's latency (Little's law), 4 to 8: few blocks have to ask for more each."""
+    """Pipeline stages whose loads hide DRAM's latency (Little's law), 4 to 6: few blocks have to ask for more each."""
     wanted = device.bandwidth * LATENCY / device.units
     resident = max(1.0, blocks / device.units)
-    return max(4, min(8, 1 + math.ceil(wanted / (tile_bytes * resident))))
+    return max(4, min(6, 1 + math.ceil(wanted / (tile_bytes * resident))))
