@@ -234,6 +234,12 @@ def compile_id() -> str:
     return str(current) if current is not None else "-"
 
 
+def source_name(source: Any) -> str:
+    """What Dynamo calls the place of a tensor in the caller's frame; empty where the source is None."""
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)  # a method in some releases, a property in others
+
+
 def trace_artifact(name: str, payload: Any) -> None:
     """Attach a JSON artifact to TORCH_TRACE; tlparse lists it. Costs nothing when tracing is off."""
     import json

@@ -15,6 +15,7 @@ from torch import fx
 
 from fxopt import profiling, reporting
 from fxopt.codegen import compat, post_grad
+from fxopt.guards import GuardFilter, without_asserts
 from fxopt.kernel_plan import record_kernels_here
 from fxopt.options import Setting, Settings, parse_options
 from fxopt.passes import inputs, order, state
@@ -62,10 +63,11 @@ class Backend:
         # ids, not modules: a backend outlives nothing. Used to name modules that a graph break left without a path.
         self.paths = {str(id(m)): (path, type(m)) for path, m in model.named_modules()} if model is not None else {}
         self.model_name = type(model).__name__ if model is not None else ""
+        self.guards = GuardFilter()
         self.__name__ = "fxopt"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Compiled:
-        return compile_graph(gm, example_inputs, self.settings, self.paths, self.model_name)
+        return compile_graph(gm, example_inputs, self.settings, self.paths, self.model_name, self.guards)
 
 
 def compile_graph(
@@ -74,6 +76,7 @@ def compile_graph(
     settings: Settings,
     paths: Mapping[str, tuple[str, type]] = NO_PATHS,
     model_name: str = "",
+    guards: GuardFilter | None = None,
 ) -> Compiled:
     """Record, rewrite and lower one captured graph."""
     started = time.perf_counter()
@@ -86,9 +89,13 @@ def compile_graph(
         recorder = Recorder(record, settings.record)
         recorder.stage("captured", gm.graph, level="torch", seconds=time.perf_counter() - started)
         gm, wrappers, patches = run_passes(gm, record, recorder, settings)
+        if guards is not None:
+            guards.note(gm.graph)
         record_kernels_here(gm, record)
         slot = post_grad.patches(gm)
-        patches = {**patches, **slot}
+        if slot:  # a graph without operators of fxopt is compiled as Inductor alone would
+            patches |= without_asserts(gm)
+        patches |= slot
         lowering = time.perf_counter()
         examples = [*example_inputs, *inputs.examples(gm.graph)]
         if profiling.asked():

@@ -55,7 +55,8 @@ def compile(
         if type(technique).prepare is not Technique.prepare and technique.name not in Decorated.techniques(model):
             technique.prepare(model)
             technique.check(model)
-    model.compile(backend=_backend(model, settings), dynamic=dynamic)
+    backend = _backend(model, settings)
+    model.compile(backend=backend, dynamic=dynamic, options={"guard_filter_fn": backend.guards})
     carried = {name: t for m in model.modules() for name, (t, _) in Decorated.techniques(m).items()}
     for technique in (whole | carried).values():
         if type(technique).called is not Technique.called:

@@ -156,10 +156,10 @@ def _case(name: str, model: Any, batch: int, device: str, rounds: int, result: R
         **{f"always, {kv}": fxopt_compile(shared_copy(model), always[kv], strict=True) for kv in always},
     }
     ids = _prompt(model, batch, device)
-    peers = [Peer(peer, *(_decode(built[peer], ids),) * 2) for peer in built]
+    peers = [_decode(peer, built[peer], ids) for peer in built]
     same = peers[:3]
     if name != "vocabulary":
-        segments = Peer("never, segments", *(_segments(model, middle, ids),) * 2)
+        segments = _segments(model, middle, ids)
         check_equal([*same, segments], tolerance=1e-4)
         same.append(segments)
     check_equal(same, tolerance=1e-4)
@@ -306,7 +306,7 @@ def _text(model: Any, ids: Tensor, also: Callable[[], Any] = lambda: None) -> Ca
     return call
 
 
-def _decode(model: Any, ids: Tensor) -> Callable[[], Tensor]:
+def _decode(name: str, model: Any, ids: Tensor) -> Peer:
     """One token on a static cache of which the prompt fills a part, rewound after each step."""
     from transformers import StaticCache
 
@@ -315,17 +315,25 @@ def _decode(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     with torch.compiler.set_stance("force_eager"):
         model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     token = ids[:, -1:]
+    return _rewound(name, lambda: model(input_ids=token, past_key_values=cache).logits, cache, prompt)
 
-    def call() -> Tensor:
-        logits = model(input_ids=token, past_key_values=cache).logits
+
+def _rewound(name: str, step: Callable[[], Tensor], cache: Any, filled: int) -> Peer:
+    """A peer whose cache holds `filled` positions before each step; to count them back is no part of the step."""
+
+    def rewind() -> None:
         for layer in cache.layers:
-            layer.cumulative_length.fill_(prompt)  # type: ignore[union-attr]
+            layer.cumulative_length.fill_(filled)
+
+    def output() -> Tensor:
+        logits = step()
+        rewind()
         return logits
 
-    return call
+    return Peer(name, step, output, rewind)
 
 
-def _segments(model: Any, middle: int, ids: Tensor) -> Callable[[], Tensor]:
+def _segments(model: Any, middle: int, ids: Tensor) -> Peer:
     """A decode step in two graphs with a host read between them."""
     from transformers import StaticCache
 
@@ -339,16 +347,13 @@ def _segments(model: Any, middle: int, ids: Tensor) -> Callable[[], Tensor]:
     mask = (torch.arange(prompt * 2, device=ids.device) <= prompt).expand(len(ids), 1, 1, -1)
     token = ids[:, -1:]
 
-    def call() -> Tensor:
+    def step() -> Tensor:
         hidden, sure = first(token, position, mask, cache)
         if bool((sure > NEVER).all()):
             raise AssertionError("the exit that is never taken was taken")
-        logits = second(hidden, position, mask, cache)
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(prompt)  # type: ignore[union-attr]
-        return logits
+        return second(hidden, position, mask, cache)
 
-    return call
+    return _rewound("never, segments", step, cache, prompt)
 
 
 def _parts(

@@ -25,11 +25,13 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 @dataclass
 class Peer:
-    """A way to do the work: ``call()`` does it once. ``output()``, when given, is compared before timing."""
+    """A way to do the work: ``call()`` does it once. ``output()``, when given, is compared before timing; ``after()``
+    follows each call and is not timed."""
 
     name: str
     call: Callable[[], Any]
     output: Callable[[], torch.Tensor] | None = None
+    after: Callable[[], Any] = lambda: None
 
 
 @dataclass
@@ -165,6 +167,7 @@ def measure(
     """Time the peers in turn, A B C A B C ..., after one warm-up each; ratios are taken pair by pair to the first."""
     for peer in peers:
         peer.call()
+        peer.after()
     times: dict[str, list[float]] = {p.name: [] for p in peers}
     gc.collect()
     with _no_collection():
@@ -174,6 +177,7 @@ def measure(
             start = turn % len(peers) if len(peers) > 2 else 0
             for peer in (*peers[start:], *peers[:start]):
                 times[peer.name].append(_seconds(peer.call, device))
+                peer.after()
             if progress is not None:
                 progress()
     first = peers[0].name
