@@ -15,7 +15,8 @@ from torch import fx
 
 from fxopt import profiling, reporting
 from fxopt.codegen import compat, post_grad
-from fxopt.guards import GuardFilter, without_asserts
+from fxopt.guards import GuardFilter
+from fxopt.inductor_settings import beside_kernels
 from fxopt.kernel_plan import record_kernels_here
 from fxopt.options import Setting, Settings, parse_options
 from fxopt.passes import inputs, order, state
@@ -94,8 +95,7 @@ def compile_graph(
         record_kernels_here(gm, record)
         slot = post_grad.patches(gm)
         if slot:  # a graph without operators of fxopt is compiled as Inductor alone would
-            patches |= without_asserts(gm)
-        patches |= slot
+            patches |= beside_kernels(gm) | slot
         lowering = time.perf_counter()
         examples = [*example_inputs, *inputs.examples(gm.graph)]
         if profiling.asked():

@@ -1,4 +1,4 @@
-"""Checks that a rewritten graph does without, and those that it keeps."""
+"""Guards that a rewritten graph does without, and those that it keeps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import nn
 
 import fxopt
 from fxopt import LayerSkip
-from fxopt.codegen import compat
 from fxopt.testing import TINY
 
 IDS = torch.tensor([[5, 17, 3, 99, 42]])
@@ -90,74 +89,3 @@ def test_guards_of_one_frame_are_not_dropped_from_the_next():
 
     assert kept([Guard]) == [False]
     assert kept([Guard]) == [True]
-
-
-# --- assert_size_stride ------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("fxopt_test::double", mutates_args=())
-def double(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
-
-
-@double.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-class Grouped(nn.Module):
-    """An attention that is packed into an operator of fxopt, and whatever stands behind it."""
-
-    def __init__(self, after=None) -> None:
-        super().__init__()
-        self.after = after
-
-    def forward(self, q, k):
-        repeated = k.repeat_interleave(4, 1)
-        found = nn.functional.scaled_dot_product_attention(q, repeated, repeated)
-        return self.after(found) if self.after is not None else found
-
-
-def settings_of(module, monkeypatch):
-    """The settings that Inductor is given for a module."""
-    seen = []
-
-    def note(gm, inputs, mode, patches):
-        seen.append(dict(patches))
-        return gm.forward
-
-    monkeypatch.setattr(compat, "compile_with_inductor", note)
-    q, k = torch.randn(1, 8, 1, 16), torch.randn(1, 2, 40, 16)
-    torch.testing.assert_close(torch.compile(module, backend="fxopt")(q, k), module(q, k))
-    return seen[0]
-
-
-@torch.no_grad()
-def test_a_graph_of_known_operators_goes_without_asserts(monkeypatch):
-    assert settings_of(Grouped(), monkeypatch)["size_asserts"] is False
-
-
-@torch.no_grad()
-def test_somebody_elses_operator_keeps_them(monkeypatch):
-    assert "size_asserts" not in settings_of(Grouped(double), monkeypatch)
-
-
-@torch.no_grad()
-def test_the_variable_of_inductor_keeps_them(monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_SIZE_ASSERTS", "1")
-    assert "size_asserts" not in settings_of(Grouped(), monkeypatch)
-
-
-def test_a_graph_that_records_gradients_keeps_them(monkeypatch):
-    assert "size_asserts" not in settings_of(Grouped(), monkeypatch)
-
-
-@torch.no_grad()
-def test_a_graph_without_operators_of_fxopt_is_inductors_own(monkeypatch):
-    model = TINY["handwritten"]()
-    seen = []
-    monkeypatch.setattr(
-        compat, "compile_with_inductor", lambda gm, inputs, mode, patches: seen.append(patches) or gm.forward
-    )
-    torch.compile(model, backend="fxopt")(IDS)
-    assert seen == [{}]
