@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxopt.codegen import compat
 from fxopt.codegen.kernels.attention_variants import DecodeAttention, config, kernels
+from fxopt.codegen.kernels.launch import launch
 
 __all__ = ["DecodeAttention", "Partials", "decode_attention", "empty_partials"]
 
@@ -213,12 +213,7 @@ def decode_attention(
         "split": (batch * kv_heads, splits, -(-desc.rows // tiles.block_m)),
         "combine": (batch * kv_heads, desc.rows, 1),
     }
-    functions = kernels(desc)
-    if q.device.type == "cpu" and not all(map(compat.is_interpreted, functions.values())):
-        raise RuntimeError("decode_attention needs a GPU, or TRITON_INTERPRET=1 set before Triton is imported")
     if out.numel():
-        with torch.cuda.device_of(q):
-            for symbol, kernel in functions.items():
-                given = {name: arguments[name] for name in kernel.arg_names}
-                kernel[grids[symbol.rpartition("_")[2]]](**given, num_warps=tiles.num_warps)
+        for symbol, kernel in kernels(desc).items():
+            launch(kernel, grids[symbol.rpartition("_")[2]], arguments, q, num_warps=tiles.num_warps)
     return out, counter

@@ -1,9 +1,10 @@
 """What Inductor makes of a decode step for a GPU that is not here: all of the compilation, nothing loaded.
 
     python -m fxopt.bench.pretend --backend fxopt --layers 2 --target H200
+    python -m fxopt.bench.pretend --technique async_softmax --capture
 
 Dynamo, the passes, AOTAutograd and Inductor run as they would on that GPU, on tensors that have a device and no memory;
-what comes out is the list of kernels that one step launches, in order. Nothing is measured and nothing is loaded. The
+what comes out is the list of kernels that one step launches, in order, and how they lie in CUDA graphs. Nothing is measured and nothing is loaded. The
 process pretends to have a driver, so it is one of its own: :func:`launched` starts it.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import pathlib
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -38,25 +41,49 @@ C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CU
 
 
 class _Compiled(Exception):
-    """Carries the generated code out of the compilation."""
+    """Carries the generated code out of the compilation, and the inputs that a CUDA graph could not write in place."""
 
 
-def launched(backend: str, *, layers: int = 2, batch: int = 1, target: str = "H200", length: int = 1024) -> list[str]:
-    """Kernels and operators that a decode step of a Llama-3-8B-shaped model with `layers` layers launches, in order.
+@dataclass(frozen=True)
+class Captured:
+    """What ``mode="reduce-overhead"`` makes of a decode step."""
+
+    graphs: list[list[str]]
+    """Launches of each CUDA graph."""
+    outside: list[str]
+    """Launches between the graphs: the host waits there, or a kernel cannot be captured."""
+    moving: list[str]
+    """Inputs that the step writes and whose address Inductor does not know to be fixed: it would not capture them."""
+
+
+def launched(backend: str, **settings: Any) -> list[str]:
+    """Kernels and operators that a decode step of a Llama-3-8B-shaped model launches, in order.
 
     Args:
         backend: ``"fxopt"`` or ``"inductor"``.
-        length: positions of the static cache.
+        settings: ``layers`` (2), ``batch`` (1), ``target`` (``"H200"``), ``length`` of the static cache in positions
+            (1024), ``technique``, the name of one that is asked for with its defaults.
 
     Raises:
         RuntimeError: when the compilation fails; its last words are in the message.
     """
-    command = [sys.executable, "-m", "fxopt.bench.pretend", "--backend", backend, "--layers", str(layers)]
-    command += ["--batch", str(batch), "--target", target, "--length", str(length)]
+    return _compiled_apart(backend, **settings)["launches"]  # type: ignore[no-any-return]
+
+
+def captured(backend: str, **settings: Any) -> Captured:
+    """How Inductor would cut the decode step of :func:`launched` into CUDA graphs; nothing is captured."""
+    found = _compiled_apart(backend, capture=True, **settings)
+    return Captured(found["graphs"], found["launches"], found["moving"])
+
+
+def _compiled_apart(backend: str, **settings: Any) -> dict[str, Any]:
+    command = [sys.executable, "-m", "fxopt.bench.pretend", "--backend", backend]
+    for name, value in settings.items():
+        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip()[-2000:]}")
-    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -78,9 +105,11 @@ def _unnumbered(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
 
 
-def launches_in(code: str) -> list[str]:
-    """Names in Inductor's generated module, in the order of its ``call``: kernels, library calls, operators."""
-    body = code[code.index("def call(") :]
+def launches_in(code: str, function: str = "call") -> list[str]:
+    """Names in a function of Inductor's generated module, in order: kernels, library calls, operators."""
+    body = code[code.index(f"def {function}(") :]
+    end = re.search(r"^(?:def|class|\w+ =) ", body[1:], re.MULTILINE)
+    body = body if end is None else body[: end.start()]
     found = re.findall(r"^\s+(?:(\w+)\.run\(|extern_kernels\.(\w+)\(|\w+ = torch\.ops\.([\w.]+)\()", body, re.MULTILINE)
     return ["".join(groups) for groups in found]
 
@@ -108,7 +137,7 @@ def pretended(target: str) -> Iterator[None]:
         get_current_target=lambda: GPUTarget("cuda", 10 * major + minor, 32),
         get_device_interface=lambda: torch.cuda, get_current_device=lambda: 0, get_current_stream=lambda _=0: 0,
     )  # fmt: skip
-    _register_guard()
+    register_guard()
     with contextlib.ExitStack() as stack:
         for where, name, value in (
             (runtime.driver, "_active", driver),
@@ -129,7 +158,9 @@ def pretended(target: str) -> Iterator[None]:
         yield
 
 
-def _register_guard() -> None:
+@functools.cache
+def register_guard() -> None:
+    """Let a build of torch without CUDA handle fake tensors that say they lie there, for good."""
     if torch.backends.cuda.is_built():
         return  # fake tensors bring one of their own where no GPU is found
     home = pathlib.Path(torch.__file__).parent
@@ -162,16 +193,25 @@ def _efficient_attention(
     return found[0]
 
 
-def code_for(backend: str, layers: int, batch: int, target: str, length: int) -> str:
-    """Inductor's module for one decode step; call it in a process of its own."""
+def code_for(
+    backend: str, layers: int = 2, batch: int = 1, target: str = "H200", length: int = 1024, technique: str = "",
+    capture: bool = False,
+) -> tuple[str, list[str]]:  # fmt: skip
+    """Inductor's module for one decode step and `Captured.moving`; call it in a process of its own."""
     from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import StaticCache
 
+    from fxopt.backend import Backend
     from fxopt.bench.models import llama
+    from fxopt.options import parse_options
 
     def stop(code: str) -> None:
-        raise _Compiled(code)
+        context = torch._guards.TracingContext.try_get()
+        fixed = context.fw_metadata.static_input_indices if context and context.fw_metadata else []
+        inputs = [name for i, name in enumerate(V.graph.graph_input_names) if i not in fixed]
+        raise _Compiled(code, [name for name in inputs if name in V.graph.mutated_inputs])
 
     with torch.device("meta"):
         model = llama(layers, 4096, 32, 8, intermediate_size=14336, vocab_size=1024).to(torch.bfloat16)
@@ -192,7 +232,11 @@ def code_for(backend: str, layers: int, batch: int, target: str, length: int) ->
         cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, torch.bfloat16, place)
         token = torch.zeros(batch, 1, dtype=torch.int64)
         mask = torch.zeros(batch, 1, 1, length, dtype=torch.bool)
-        step = torch.compile(model, backend=backend)
+        mode = "reduce-overhead" if capture else None
+        if technique:
+            step = torch.compile(model, backend=Backend(parse_options({technique: True}, mode)))
+        else:
+            step = torch.compile(model, backend=backend, mode=mode)
         try:
             step(input_ids=token, position_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
         except Exception as error:
@@ -200,13 +244,14 @@ def code_for(backend: str, layers: int, batch: int, target: str, length: int) ->
     raise RuntimeError("nothing was compiled: a graph break, or Dynamo ran the model as it stands")
 
 
-def _code_of(error: BaseException) -> str:
+def _code_of(error: BaseException) -> tuple[str, list[str]]:
     found: BaseException | None = error
     while found is not None and not isinstance(found, _Compiled):  # Inductor wraps what its compilation raises
         found = found.__cause__ or found.__context__
     if found is None:
         raise error
-    return str(found.args[0])
+    code, moving = found.args
+    return code, moving
 
 
 def _without_memory(model: nn.Module, place: torch.device) -> None:
@@ -223,17 +268,21 @@ def _without_memory(model: nn.Module, place: torch.device) -> None:
 
 
 def main() -> None:
-    """Print the launches as one line of JSON."""
+    """Print what was found as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="fxopt")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--target", default="H200", choices=sorted(CAPABILITIES))
+    parser.add_argument("--technique", default="")
+    parser.add_argument("--capture", action="store_true")
     given = vars(parser.parse_args())
     import fxopt  # noqa: F401  (registers the backend in a checkout)
 
-    print(json.dumps(launches_in(code_for(**given))))
+    code, moving = code_for(**given)
+    graphs = [launches_in(code, name) for name in re.findall(r"^def (partition_\d+)\(", code, re.MULTILINE)]
+    print(json.dumps({"launches": launches_in(code), "graphs": graphs, "moving": moving}))
 
 
 if __name__ == "__main__":
