@@ -122,6 +122,7 @@ def pretended(target: str) -> Iterator[None]:
     from triton import runtime
     from triton.backends.compiler import GPUTarget
 
+    from fxopt import inductor_settings
     from fxopt.codegen import post_grad, roofline
     from fxopt.passes import flat_gemm
 
@@ -153,6 +154,7 @@ def pretended(target: str) -> Iterator[None]:
             (roofline, "current_device", lambda _=None: device),
             (post_grad, "compile_here", lambda *_: None),
             (flat_gemm, "compile_here", lambda *_: None),
+            (inductor_settings, "COMBINED", {"combo_kernels": True}),  # what pays is measured on the device
         ):
             stack.enter_context(mock.patch.object(where, name, value))
         yield

@@ -32,23 +32,32 @@ def test_a_decode_step_is_lowered_to_kernels_that_inductor_launches():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["H200", "A100"])
-def test_kernels_of_a_decoder_layer(target):
-    own, stock = (pretend.per_layer(backend, target=target) for backend in ("fxopt", "inductor"))
-    assert gemms(own) == ["gemv"] * 4
+@pytest.mark.parametrize(("target", "batch"), [("H200", 1), ("A100", 1), ("H200", 8), ("H200", 32), ("H200", 64)])
+def test_kernels_of_a_decoder_layer(target, batch):
+    own, stock = (pretend.per_layer(backend, target=target, batch=batch) for backend in ("fxopt", "inductor"))
+    assert gemms(own) == (["gemv"] if batch == 1 else ["flat_gemm"]) * 4
     assert stock.count("mm") == 7
-    attention = [name for name in own if name.startswith("fxopt.")]
-    assert len(attention) == 1, "its kernels are another test's subject"
-    # The operator is two kernels where a kernel is generated for it: splits of the cache, and their sum.
-    assert len(own) + 1 <= min(10, 0.6 * len(stock)), (own, stock)
+    assert len([name for name in own if name.startswith("fxopt.")]) == 1, "the attention, whose kernels the library has"
+    # Keys, values and queries are rotated and written by one kernel; Hugging Face's cache counts in one of its own.
+    assert len(own) == 7
+    assert len(stock) == 17
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [8, 32, 64])
-def test_several_rows_take_matrix_units_in_as_many_kernels(batch):
-    own, stock = (pretend.per_layer(backend, batch=batch) for backend in ("fxopt", "inductor"))
-    assert gemms(own) == ["flat_gemm"] * 4
-    assert len(own) + 1 <= min(10, 0.6 * len(stock)), (own, stock)
+def test_kernels_of_a_layer_with_generated_attention():
+    own = pretend.per_layer("fxopt", technique="async_softmax")
+    # Its operator is four: splits and their sum, and the same two for rows that are flagged.
+    assert len(own) - 1 + 4 == 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"technique": "async_softmax"}, {"batch": 8}], ids=["plain", "async", "rows"])
+def test_a_decode_step_is_one_cuda_graph(settings):
+    found = pretend.captured("fxopt", **settings)
+    assert found.outside == []
+    assert found.moving == []
+    assert len(found.graphs) == 1
+    assert len([name for name in found.graphs[0] if name.startswith("fxopt.")]) == 2, "an attention a layer"
 
 
 def test_launches_are_read_from_generated_code():
@@ -63,6 +72,20 @@ class Runner:
         assert_alignment(buf2, 16, 'torch.ops.aten.sdpa.default')
 """
     assert pretend.launches_in(code) == ["triton_poi_fused_0", "mm", "aten.sdpa.default"]
+
+
+def test_what_lies_outside_of_a_graph_is_told_apart():
+    code = """
+def partition_0(args):
+    triton_poi_fused_0.run(arg0_1, buf0, 1, stream=raw_stream0)
+class Runner:
+    def call(self, args):
+        (buf0,) = self.partitions[0](partition0_args)
+        buf1 = torch.ops.fxopt.waits.default(buf0)
+runner = Runner(partitions=[partition_0])
+"""
+    assert pretend.launches_in(code, "partition_0") == ["triton_poi_fused_0"]
+    assert pretend.launches_in(code) == ["fxopt.waits.default"]
 
 
 def test_a_compilation_that_fails_says_why():
