@@ -4,8 +4,9 @@
     python -m fxopt.bench.pretend --technique async_softmax --capture
 
 Dynamo, the passes, AOTAutograd and Inductor run as they would on that GPU, on tensors that have a device and no memory;
-what comes out is the list of kernels that one step launches, in order, and how they lie in CUDA graphs. Nothing is measured and nothing is loaded. The
-process pretends to have a driver, so it is one of its own: :func:`launched` starts it.
+what comes out is the list of kernels that one step launches, in order, and how they lie in CUDA graphs. Nothing is
+measured and nothing is loaded. The process pretends to have a driver, so it is one of its own, which :func:`launched`
+starts.
 """
 
 from __future__ import annotations

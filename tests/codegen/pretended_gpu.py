@@ -1,8 +1,8 @@
 """Operators never wait for the device: followed on fake tensors of a GPU, which have no values that a host could read.
 
 What ``.item()``, ``nonzero`` or a comparison in Python would ask of the device is an error there. That no launch waits
-either, only a GPU can show (``tests/gpu``). Run by ``test_no_host.py`` in a process of its own, which a GPU is pretended
-in.
+either, only a GPU can show (``tests/gpu``). Run by ``test_no_host.py`` in a process of its own, in which a GPU is
+pretended.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def on_a_gpu():
     register_guard()
     card = SimpleNamespace(multi_processor_count=132)
     with (
-        mock.patch.object(torch.cuda, "get_device_properties", lambda _=None: card),
-        mock.patch.object(torch.cuda, "device_of", lambda _: contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=card),
+        mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
         FakeTensorMode(allow_non_fake_inputs=True), roofline.planning(H200), noting() as notes, OnDevice() as host,
     ):  # fmt: skip
         yield notes, host.copies

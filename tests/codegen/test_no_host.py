@@ -1,4 +1,4 @@
-"""No operator on the way of a decode step waits for the device: ``pretended_gpu.py``, in a process that pretends one."""
+"""No operator of a decode step waits for the device: ``pretended_gpu.py``, in a process of its own."""
 
 from __future__ import annotations
 
