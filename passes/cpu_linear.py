@@ -7,6 +7,8 @@ before it multiplies, in every call; with few rows that takes longer than readin
 becomes
     y = fxopt.cpu_linear(x, weight, bias)
 
+and GPT-2's ``torch.addmm(bias, x, weight)`` with its weight [K, N] the same of ``weight.t()``, a view.
+
 Exact: the same products, summed in another order, the same whatever the number of rows. On GPUs ``flat_gemm`` is for
 such linears.
 """
@@ -14,7 +16,7 @@ such linears.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import fx
@@ -23,12 +25,30 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import fxopt.codegen.ops.cpu_linear  # noqa: F401  (registers the operator)
 from fxopt.codegen.kernels import cpu_linear
 from fxopt.passes.context import PassContext
-from fxopt.passes.linear_groups import linears_of, rows_of
+from fxopt.passes.linear_groups import is_conv1d, rows_of
 from fxopt.passes.nodes import argument, value_of
 from fxopt.passes.technique import Technique
 
 CODES = {"dtype": "FX201", "layout": "FX202", "rows": "FX301", "size": "FX302"}
 """Of what the kernel refuses, by kind."""
+
+
+class _Operands(NamedTuple):
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    turned: bool
+    """The weight is stored [K, N]."""
+
+
+def _operands(node: fx.Node) -> _Operands | None:
+    if is_conv1d(node) and len(node.args) == 3 and not node.kwargs:  # beta and alpha are one
+        bias, x, weight = node.args
+        return _Operands(x, weight, bias, turned=True)  # type: ignore[arg-type]
+    if node.op != "call_function" or node.target is not torch.nn.functional.linear or not node.users:
+        return None
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    return _Operands(x, weight, bias, turned=False)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -42,16 +62,17 @@ class CpuLinear(Technique):
 
     def rewrite(self, graph: fx.Graph, context: PassContext) -> None:
         """Put the operator in the place of every linear on a CPU whose rows are few and whose weight is large."""
-        for node in linears_of(graph):
-            x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
-            values = [value_of(given) for given in (x, weight, bias)]
-            if context.covers(node) and all(v is None or isinstance(v, torch.Tensor) for v in values):
-                self._replace(node, (x, weight, bias), values, context)
+        for node in graph.nodes:
+            given = _operands(node)
+            if given is not None and context.covers(node):
+                self._replace(node, given, context)
 
-    def _replace(
-        self, node: fx.Node, given: tuple[object, ...], values: list[torch.Tensor], context: PassContext
-    ) -> None:
+    def _replace(self, node: fx.Node, given: _Operands, context: PassContext) -> None:
+        values = [value_of(given.x), value_of(given.weight), value_of(given.bias)]
+        if not all(v is None or isinstance(v, torch.Tensor) for v in values):
+            return
         x, weight, bias = values
+        weight = weight.t() if given.turned else weight
         if x.device.type != "cpu":
             return
         if context.training:
@@ -67,11 +88,15 @@ class CpuLinear(Technique):
         if refused is not None:
             context.missed(CODES[refused.kind], node, refused.reason)
             return
-        new = context.rewriter.call(
-            torch.ops.fxopt.cpu_linear.default, given, {}, like=node, before=node, name="cpu_linear"
-        )
-        context.rewriter.replace(node, new)
-        context.rewriter.erase([node])
+        rewriter, stored = context.rewriter, given.weight
+        if given.turned:
+            stored = rewriter.method("t", (stored,), like=node, before=node, name="weight_t")
+        new = rewriter.call(
+            torch.ops.fxopt.cpu_linear.default, (given.x, stored, given.bias), {}, like=node, before=node,
+            name="cpu_linear",
+        )  # fmt: skip
+        rewriter.replace(node, new)
+        rewriter.erase([node])
         rows = rows_of(x)
-        said = f"{rows} {'row' if rows == 1 else 'rows'} by {list(weight.shape)}"
+        said = f"{rows} {'row' if rows == 1 else 'rows'} by {list(weight.shape)}{', stored [K, N]' * given.turned}"
         context.applied(new, f"{said}: the weight is read once, in order")

@@ -137,7 +137,7 @@ class _Planner:
                 self.context.missed(refusal[0], node, refusal[1])
             else:
                 found.setdefault((node.args[0], _neighbourhood(node)), []).append(node)  # type: ignore[index, arg-type]
-        if stored := [n for n in self.graph.nodes if _is_conv1d(n) and self.context.covers(n)]:
+        if stored := [n for n in self.graph.nodes if is_conv1d(n) and self.context.covers(n)]:
             message = "its weight is stored [K, N] (addmm); kernels read rows of [N, K] that lie together"
             self.context.missed("FX202", stored[0], message, count=len(stored))
         if packed := [n for n in self.graph.nodes if _is_packed(n) and self.context.covers(n)]:
@@ -218,7 +218,7 @@ class _Planner:
         )  # fmt: skip
 
 
-def _is_conv1d(node: fx.Node) -> bool:
+def is_conv1d(node: fx.Node) -> bool:
     """A linear in the form of GPT-2's Conv1D: ``addmm(bias, x, weight)`` with a parameter for a weight."""
     weight = node.args[2] if name_of(node) == "addmm" and len(node.args) > 2 else None
     return isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr")

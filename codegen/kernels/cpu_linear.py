@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxopt.codegen.kernels import cpu_linear_turned_source as turned
 from fxopt.codegen.kernels import row_stride
 from fxopt.codegen.kernels.cpu_attention import STORED, built
 from fxopt.codegen.kernels.cpu_linear_source import BODY, HEADER
@@ -22,6 +23,8 @@ from fxopt.codegen.kernels.cpu_vectors import lanes, vectors
 
 MOST_ROWS = {torch.float32: 24, torch.bfloat16: 4}
 """Rows of x up to which this is faster than the library. Measured: docs/decisions.md."""
+MOST_ROWS_TURNED = 8
+"""The same for a weight that is stored [K, N]."""
 LEAST_BYTES = 128 << 10
 """Weights that are smaller cost less than the way to a kernel that PyTorch does not know."""
 AHEAD = 32 << 10
@@ -91,7 +94,7 @@ def refused(x: Tensor, weight: Tensor, bias: Tensor | None) -> Refusal | None:
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """``[..., N]``, contiguous, or None; ``x: [..., K]``, ``weight: [N, K]``, ``bias: [N]``."""
+    """``[..., N]``, contiguous, or None; ``x: [..., K]``, ``weight: [N, K]``, by rows or by columns, ``bias: [N]``."""
     call = _call(_described(x), _described(weight), None if bias is None else _described(bias))
     if call is None:
         return None
@@ -134,39 +137,72 @@ def _refused(x: Described, weight: Described, bias: Described | None) -> Refusal
         return Refusal("layout", f"x {list(shape)} by {list(sizes)}")
     width, depth = sizes
     rows = torch.Size(shape[:-1]).numel()
-    if rows > MOST_ROWS[dtype]:
-        return Refusal("rows", f"{rows} rows: the library is as fast from {MOST_ROWS[dtype] + 1} on")
+    most = MOST_ROWS_TURNED if _is_turned(weight) else MOST_ROWS[dtype]
+    if rows > most:
+        return Refusal("rows", f"{rows} rows: the library is as fast from {most + 1} on")
     if width * depth * dtype.itemsize < LEAST_BYTES:
         size = width * depth * dtype.itemsize >> 10
         return Refusal("size", f"[{width}, {depth}]: {size} kB of weights are too few")
-    apart = steps[-1] != 1 or weight_steps[1] != 1 or row_stride(shape, steps) is None
-    if not rows or apart or weight_steps[0] < depth:
+    apart = steps[-1] != 1 or row_stride(shape, steps) is None
+    by_rows = weight_steps[1] == 1 and weight_steps[0] >= depth
+    if not rows or apart or not (by_rows or _is_turned(weight)):
         return Refusal("layout", f"strides {list(steps)} of x, {list(weight_steps)} of the weight")
     return None
+
+
+def _is_turned(weight: Described) -> bool:
+    """A weight [N, K] that is stored [K, N]."""
+    _, sizes, steps = weight
+    return len(sizes) == 2 and min(sizes) > 1 and steps[0] == 1 and steps[1] >= sizes[0]
 
 
 @functools.lru_cache(maxsize=1024)
 def _call(x: Described, weight: Described, bias: Described | None) -> _Call | None:
     if _refused(x, weight, bias) is not None:
         return None
-    (dtype, shape, steps), (_, (width, depth), (weight_step, _)) = x, weight
+    (dtype, shape, steps), (_, (width, depth), weight_steps) = x, weight
     rows, widened = torch.Size(shape[:-1]).numel(), dtype != torch.float32
-    variant = variant_of(dtype, rows)
-    kernel = compiled(variant)
+    if _is_turned(weight):
+        kernel, weight_step, ahead = compiled_turned(dtype), weight_steps[1], 0
+    else:
+        variant, weight_step = variant_of(dtype, rows), weight_steps[0]
+        kernel = compiled(variant)
+        # Whole tiles further on, in the same block of channels.
+        tile_bytes = variant.tile * min(depth, variant.block) * dtype.itemsize
+        ahead = -(-AHEAD // tile_bytes) * variant.tile * weight_step
     if kernel is None:
         return None
-    # Whole tiles further on, in the same block of channels.
-    tile_bytes = variant.tile * min(depth, variant.block) * dtype.itemsize
-    ahead = -(-AHEAD // tile_bytes) * variant.tile * weight_step
     stride = depth if widened else row_stride(shape, steps)
     assert stride is not None
     sizes = (rows, width, depth, stride, weight_step, ahead, int(bias is not None))
     return _Call(kernel, (*shape[:-1], width), widened, sizes)
 
 
+def source_turned(dtype: torch.dtype) -> str:
+    """The C++ text for weights of a dtype that are stored [K, N]: as many of them at once as fit into registers."""
+    # bfloat16 is read from twice as many channels, which are as many bytes.
+    steps, wide = (4, 2) if lanes() == 8 else (8, 2) if dtype == torch.bfloat16 else (4, 4)
+    stored = STORED[dtype]
+    header = turned.HEADER.format(name=_name_turned(dtype), steps=steps, wide=wide, stored=stored)
+    return header + vectors(stored) + turned.BODY
+
+
+def _name_turned(dtype: torch.dtype) -> str:
+    return f"cpu_linear_turned_{str(dtype).removeprefix('torch.')}"
+
+
 @functools.cache
 def compiled(variant: Variant) -> Callable[..., Any] | None:
     """The kernel of a variant, or None as of :func:`fxopt.codegen.kernels.cpu_attention.built`."""
-    stored = STORED[variant.dtype]
-    types = ["const float*", f"const {stored}*", f"const {stored}*", f"{stored}*", *["int64_t"] * 8]
-    return built(variant.name, types, source(variant))
+    return built(variant.name, _types(variant.dtype), source(variant))
+
+
+@functools.cache
+def compiled_turned(dtype: torch.dtype) -> Callable[..., Any] | None:
+    """As :func:`compiled`, for weights that are stored [K, N]."""
+    return built(_name_turned(dtype), _types(dtype), source_turned(dtype))
+
+
+def _types(dtype: torch.dtype) -> list[str]:
+    stored = STORED[dtype]
+    return ["const float*", f"const {stored}*", f"const {stored}*", f"{stored}*", *["int64_t"] * 8]

@@ -74,10 +74,60 @@ def test_any_size(rows, width, depth, bias):
     check(*tensors(rows, width, depth, bias=bias, seed=rows))
 
 
+def turned(x, weight, bias):
+    """The same with the weight stored [K, N], as GPT-2 does."""
+    return x, weight.t().contiguous().t(), bias
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_stored_by_columns(rows, dtype):
+    for width, depth in ((2, 2), (7, 5), (97, 33), (193, 1025), (1025, 300), (2304, 257)):
+        check(*turned(*tensors(rows, width, depth, dtype)))
+        check(*turned(*tensors(rows, width, depth, dtype, bias=False)))
+
+
+def test_weights_stored_by_columns_are_as_close_as_the_library():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias = turned(*tensors(5, 300, 3072, dtype))
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        own, library = ((out - exact).abs().mean() for out in (check(x, weight, bias), F.linear(x, weight, bias)))
+        assert own <= library * 1.01
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 8), st.integers(2, 1200), st.integers(2, 600), st.booleans())
+def test_any_size_by_columns(rows, width, depth, bias):
+    check(*turned(*tensors(rows, width, depth, bias=bias, seed=rows)))
+
+
+def test_by_columns_a_row_depends_on_no_other_row_and_no_thread_bit_for_bit():
+    x, weight, bias = turned(*tensors(8, 2500, 700))
+    before = torch.get_num_threads()
+    whole = check(x, weight, bias)
+    sliced = torch.full((700, 3000), float("nan"))[:, :2500].copy_(weight.t()).t()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for rows in (1, 3, 8):
+                assert torch.equal(cpu_linear.run(x[:rows], weight, bias), whole[:rows])
+            assert torch.equal(cpu_linear.run(x, sliced, bias), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_by_columns_numbers_that_are_none_stay_in_their_row():
+    x, weight, bias = turned(*tensors(5, 40, 70))
+    x[2, 69] = float("nan")
+    out = cpu_linear.run(x, weight, bias)
+    assert torch.isfinite(out[[0, 1, 3, 4]]).all()
+    assert out[2].isnan().all()
+
+
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_every_width_of_register(lanes, monkeypatch):
     """The text for the registers of other machines computes the same here, if not as fast."""
-    caches = cpu_linear.compiled, cpu_attention.compiled, cpu_attention._call
+    caches = cpu_linear.compiled, cpu_linear.compiled_turned, cpu_attention.compiled, cpu_attention._call
     monkeypatch.setattr(cpu_vectors, "lanes", lambda: lanes)
     monkeypatch.setattr(cpu_linear, "lanes", lambda: lanes)
     for cache in caches:
@@ -87,6 +137,8 @@ def test_every_width_of_register(lanes, monkeypatch):
         for rows in (1, 5, 11):
             check(*tensors(rows, 97, 1041))
         check(*tensors(3, 97, 1041, torch.bfloat16))
+        for dtype in cpu_linear.MOST_ROWS:
+            check(*turned(*tensors(3, 97, 1041, dtype)))
         for extra in ({}, {"soft_cap": 5.0}, {"sinks": torch.linspace(-4.0, 4.0, 8)}):
             inputs = sample_inputs(length=600, filled=555, tokens=2) | extra
             given_ = {"extent": None, "sinks": None, "is_causal": False, "soft_cap": 0.0} | inputs
@@ -145,7 +197,8 @@ def refusals():
         "bfloat16 by float32": (x.bfloat16(), weight, bias),
         r"x \[4, 16\] by \[8, 15\]": (x, weight[:, :15].contiguous(), bias),
         r"by \[8, 16\]": (x, weight, bias[:7]),
-        "of the weight": (x, weight.t().contiguous().t(), bias),
+        "of the weight": (x, torch.zeros(8, 32)[:, ::2], bias),
+        "9 rows": (torch.zeros(9, 16), weight.t().contiguous().t(), bias),
         "of x": (x.t().contiguous().t(), weight, bias),
         r"strides \[16, 1\]": (x[:0], weight, bias),
     }

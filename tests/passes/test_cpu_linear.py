@@ -125,6 +125,7 @@ def test_tied_and_sliced_weights():
                 F.linear(x, self.embed.weight),
                 F.linear(x, self.embed.weight[::2]),
                 F.linear(x, self.embed.weight.T[:, :WIDTH]),
+                F.linear(x, self.embed.weight.view(WIDTH, -1)[:, : 2 * WIDTH : 2]),
             )
 
     model = fxopt.compile(Tied(), strict=True)
@@ -133,7 +134,7 @@ def test_tied_and_sliced_weights():
         for own, eager in zip(model(ids), Tied.forward(model, ids), strict=True):
             torch.testing.assert_close(own, eager, atol=1e-4, rtol=1e-4)
     status = [(r.status, r.code) for r in remarks(model)]
-    assert status.count(("applied", "")) == 2
+    assert status.count(("applied", "")) == 3
     assert [r.code for r in remarks(model) if "strides" in r.message] == ["FX202"]
 
 
@@ -162,6 +163,57 @@ def test_generate_gives_the_same_tokens(cache, batch, eager_lowering):
     taken = [r for r in step.remarks if r.technique == "cpu_linear" and r.status == "applied"]
     assert len({r.path for r in taken}) == 2 * 7 + 1
     assert all(" by [" in r.message for r in taken)
+
+
+def conv1d(*, beta=1, rows=2):
+    """GPT-2's Conv1D: a bias and ``x @ weight``, the weight [K, N]."""
+
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(WIDTH, 3 * WIDTH) / WIDTH**0.5)
+            self.bias = nn.Parameter(torch.randn(3 * WIDTH))
+
+        def forward(self, x):
+            options = {} if beta == 1 else {"beta": beta}
+            return torch.addmm(self.bias, x.view(-1, WIDTH), self.weight, **options)
+
+    model = fxopt.compile(Conv1D(), strict=True)
+    x = torch.randn(rows, 1, WIDTH)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(x), type(model).forward(model, x), atol=2e-5, rtol=2e-5)
+            model.weight.mul_(0.5)
+    return model
+
+
+def test_a_weight_stored_by_columns():
+    (remark,) = remarks(conv1d())
+    assert remark.status == "applied"
+    assert "2 rows by [768, 256], stored [K, N]" in remark.message
+
+
+def test_a_weight_stored_by_columns_that_stays():
+    assert remarks(conv1d(beta=2)) == []
+    (remark,) = remarks(conv1d(rows=9))
+    assert (remark.status, remark.code) == ("missed", "FX301")
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_gpt2_gives_the_same_tokens(cache, eager_lowering):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=WIDTH, n_layer=2, n_head=4, vocab_size=512, eos_token_id=None, bos_token_id=None)
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.randint(1, 512, (2, 20))
+    settings = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    expected = model.generate(ids, **settings)
+    fxopt.compile(model, strict=True)
+    assert torch.equal(model.generate(ids, **settings), expected)
+    taken = [r for r in fxopt.reports()[-1].remarks if r.technique == "cpu_linear" and r.status == "applied"]
+    assert len({r.path for r in taken}) == 2 * 4 + 1
 
 
 @pytest.mark.branches_write
