@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
@@ -14,6 +14,7 @@ from fxopt import reporting
 from fxopt.backend import Backend
 from fxopt.codegen import compat
 from fxopt.options import Settings
+from fxopt.passes import kv_policy
 from fxopt.passes.technique import Decorated, SettingError, Technique, nearest
 from fxopt.recipe import Recipe
 
@@ -101,7 +102,17 @@ def settle(
         for technique, kind in Decorated.techniques(module).values():
             settings.refuse_conflict(technique, f"the decoration of {path or type(module).__name__} ({kind})")
             technique.check(module)
+    refuse_pairs([*whole.values(), *(t for t, _ in Decorated.techniques(model).values())])
     return settings, whole
+
+
+def refuse_pairs(techniques: Iterable[Technique]) -> None:
+    """Raise for two techniques whose caches cannot both be kept right; with path mappings the graph decides."""
+    by_name = {technique.name: technique for technique in techniques}
+    for name, technique in by_name.items():
+        clash = kv_policy.conflict(name, by_name)
+        if clash is not None:
+            raise SettingError(f"{technique} together with {by_name[clash[0]]}: {clash[1]}. Remove one of the two.")
 
 
 def flatten(model: nn.Module, techniques: tuple[Given, ...]) -> list[Technique | Mapping[str, Technique]]:

@@ -33,11 +33,11 @@ def as_technique(name: str, value: Any) -> Technique | None:
                 f"option {name!r}: True needs defaults for every field of {cls.__name__}: {error}"
             ) from None
     if isinstance(value, Mapping):
-        fields = list(cls.__dataclass_fields__)
+        fields = [field.name for field in dataclasses.fields(cls)]
         for key in value:
             if key not in fields:
                 raise SettingError(
-                    f"option {name!r} has no field {key!r}; {cls.__name__} has {', '.join(fields)}."
+                    f"option {name!r} has no field {key!r}; {cls.__name__} has {', '.join(fields) or 'no fields'}."
                     f"{nearest(key, fields)}"
                 )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
@@ -217,8 +217,13 @@ def _covers(by_node: dict[fx.Node, Setting], setting: Setting, node: fx.Node) ->
 
 
 def _disable(value: Any) -> frozenset[str]:
-    names = (value,) if isinstance(value, str) else tuple(value)
     allowed = order.names()
+    if not isinstance(value, (str, tuple, list, set, frozenset)):
+        raise SettingError(
+            f"disable takes names of passes, such as disable=('gqa_packing',), not {value!r} ({type(value).__name__}). "
+            f"Passes: {', '.join(allowed)}."
+        )
+    names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
         if name not in allowed:
             raise SettingError(

@@ -24,7 +24,11 @@ IDS = torch.tensor([[5, 17, 3, 99, 42, 8, 61]])
     [
         ({"layerskip": True}, None, "Did you mean 'layer_skip'"),
         ({"layer_skip": {"skp": (1,)}}, None, "Did you mean 'skip'"),
+        ({"layer_skip": {"skp": (1,)}}, None, "LayerSkip has skip, keep, speedup"),
+        ({"cpu_linear": {"name": "x"}}, None, "has no field 'name'; CpuLinear has no fields."),
         ({"layer_skip": 3}, None, "takes a LayerSkip"),
+        ({"disable": None}, None, "not None (NoneType)"),
+        ({"disable": 3}, None, "disable takes names of passes"),
         ({"layer_skip": True}, None, "exactly one of"),
         ({"layer_skip": {"speedup": 1}}, None, "above 1"),
         ({"disable": ("layer_skp",)}, None, "Did you mean 'layer_skip'"),
@@ -59,6 +63,14 @@ def test_wrong_arguments_of_compile_raise(given, words):
     with pytest.raises(SettingError) as error:
         fxopt.compile(Handwritten(), *given)
     assert words in str(error.value)
+
+
+def test_a_pair_that_cannot_hold_together_raises_before_anything_is_compiled():
+    exits, routed = fxopt.EarlyExit(layers=(1,)), fxopt.MixtureOfDepths(capacity=0.5)
+    with pytest.raises(SettingError, match="EarlyExit.* together with MixtureOfDepths.*Remove one"):
+        fxopt.compile(Handwritten(), exits, routed)
+    with pytest.raises(SettingError, match="MixtureOfDepths.* together with|EarlyExit.* together with"):
+        fxopt.compile(routed(Handwritten()), exits)
 
 
 def test_compile_takes_modules_only():
