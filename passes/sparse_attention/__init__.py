@@ -175,6 +175,10 @@ class SparseAttention(Technique):
             for stack in context.structure.stacks:
                 message = "no softmax attention over keys and values in these layers (linear attention, state space)"
                 context.blocked("FX208", stack.path, f"{message}: nothing to choose from")
+            if not context.structure.stacks:  # a model without attention, or what a graph break left beside it
+                context.note("", "no attention in this graph")
+        elif not any(context.covers(n) for n in (*(s.output for s in sites), *(d.node for d in near))):
+            context.missed("FX505", "", "the setting covers no attention of this graph; name the modules that hold it")
         numbers = self._numbers(context) if self.layers is not None else {}
         shared: dict[Any, Any] = {}
         method = self.chosen_by

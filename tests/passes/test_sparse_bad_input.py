@@ -139,3 +139,27 @@ def test_routed_layers_are_another_technique():
     other, reason = kv_policy.conflict("sparse_attention", {"sparse_attention", "mixture_of_depths"})
     assert other == "mixture_of_depths" and "fewer rows" in reason
     assert kv_policy.conflict("sparse_attention", {"layer_skip", "early_exit"}) is None
+
+
+def test_a_path_without_attention_is_one_warning(eager_lowering):
+    model = TINY["llama"]()
+    ids = torch.arange(2, 10)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        fxopt.compile(model, {"model.layers.1.mlp": SparseAttention(window=4)})
+        with pytest.warns(UserWarning, match="covers no attention of this graph"):
+            found = model(ids).logits
+    torch.testing.assert_close(found, expected)
+    assert [r.code for r in remarks(model)] == ["FX505"]
+
+
+def test_a_model_without_attention_has_a_remark(eager_lowering):
+    class Perceptron(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x)
+
+    model = Perceptron(nn.Linear(8, 8), nn.ReLU())
+    fxopt.compile(model, SparseAttention(window=4))
+    with torch.no_grad():
+        model(torch.ones(2, 8))
+    assert [r.message for r in remarks(model)] == ["no attention in this graph"]
