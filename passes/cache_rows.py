@@ -21,12 +21,19 @@ from fxopt.passes.streams import op_name
 
 
 def cache_inputs(layer: Layer) -> list[fx.Node]:
-    """The placeholders that are the key and value cache of `layer`: written in place, or grown by ``cat``."""
+    """The placeholders that are the key and value cache of `layer`: written in place, or grown by ``cat``.
+
+    The state of a recurrence is handed in as well, and may have four dimensions. It is written as a whole, of which
+    only a window that moves along, joined from old and new rows, is a cache.
+    """
     found: dict[fx.Node, None] = {}
+    joined = {
+        depth.base(n) for node in layer.nodes if _name(node) in ("cat", "concat", "roll") for n in node.all_input_nodes
+    }
     for node in layer.nodes:
-        name = getattr(node.target, "__name__", node.target)
+        name = _name(node)
         if writes_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
-            candidates: list[Any] = [depth.base(node)]
+            candidates: list[Any] = [n for n in (depth.base(node),) if name != "copy_" or n in joined]
         elif name in ("cat", "concat"):
             candidates = [depth.base(n) for n in node.all_input_nodes]
         else:
@@ -43,6 +50,10 @@ def cache_inputs(layer: Layer) -> list[fx.Node]:
             ):
                 found.setdefault(candidate)
     return list(found)
+
+
+def _name(node: fx.Node) -> Any:
+    return getattr(node.target, "__name__", node.target)
 
 
 def is_static(layer: Layer) -> bool:

@@ -111,6 +111,15 @@ def phase_of(layer: Layer) -> str:
     return "decode" if isinstance(length, int) and length == 1 else "continuation"
 
 
+def keeps_running_state(layer: Layer) -> bool:
+    """Whether a layer of one token without keys and values writes to a tensor that is handed in: a convolution's or a
+    recurrence's state, which does not say whether anything was seen."""
+    if value(layer.input).shape[-2] != 1 or cache_rows.cache_inputs(layer):
+        return False
+    written = (base(n) for n in layer.nodes if writes_in_place(n) and n.args and isinstance(n.args[0], fx.Node))
+    return any(n.op == "placeholder" and value(n).is_floating_point() for n in written)
+
+
 def refusal(layer: Layer) -> Refusal | None:
     """Why `layer` cannot be taken out, or None."""
     before, after = value(layer.input), value(layer.output)
@@ -192,8 +201,12 @@ def _prune(layer: Layer, rewriter: Rewriter, *, discard_cache: bool) -> int:
 
 
 def _put_stand_ins(layer: Layer, rewriter: Rewriter) -> None:
-    """Replace keys and values that leave the graph as cache by tensors of that size without memory."""
+    """Replace keys and values that leave the graph as cache by tensors of that size without memory.
+
+    A recurrence's state, which the next call writes in place, gets its memory.
+    """
     inside = set(layer.nodes)
+    written = {base(n) for n in layer.nodes if writes_in_place(n) and n.args and isinstance(n.args[0], fx.Node)}
     depends = forward_slice([layer.input], inside)
     for node in layer.nodes:
         readers = [user for user in node.users if user not in inside]
@@ -207,10 +220,12 @@ def _put_stand_ins(layer: Layer, rewriter: Rewriter) -> None:
         sizes = size_nodes(node, layer, rewriter)
         if sizes is None:
             continue
-        zero = rewriter.call(
-            torch.zeros, ((1, 1, 1, 1),), {"dtype": tensor.dtype, "device": tensor.device}, like=node, before=node
-        )
-        stand_in = rewriter.method("expand", (zero, *sizes), like=node, before=node)
+        kind = {"dtype": tensor.dtype, "device": tensor.device}
+        if base(node) in written:
+            stand_in = rewriter.call(torch.zeros, (tuple(sizes),), kind, like=node, before=node)
+        else:
+            zero = rewriter.call(torch.zeros, ((1, 1, 1, 1),), kind, like=node, before=node)
+            stand_in = rewriter.method("expand", (zero, *sizes), like=node, before=node)
         rewriter.replace(node, stand_in, only=lambda user: user.op == "output")
 
 

@@ -238,7 +238,9 @@ def _filled(values: tuple[Any, ...]) -> int:
     for value in values:
         cache = getattr(value, "self_attention_cache", value)
         if hasattr(cache, "get_seq_length") and hasattr(cache, "layers"):
-            return int(cache.get_seq_length()) if cache.layers and cache.layers[0].is_initialized else 0
+            # Of a hybrid model, layers of a convolution or a recurrence know no length.
+            attending = [layer for layer in cache.layers if hasattr(layer, "get_seq_length")]
+            return int(attending[0].get_seq_length()) if attending and attending[0].is_initialized else 0
     return 0
 
 

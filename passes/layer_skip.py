@@ -265,6 +265,10 @@ class LayerSkip(Technique):
     def _rewrite_layer(self, layer: Layer, stack: Stack, original: depth.OriginalGraph, context: PassContext) -> None:
         if self.phase == "decode":
             phase = depth.phase_of(layer)
+            if phase == "prompt" and depth.keeps_running_state(layer):
+                context.blocked("FX208", layer.path, "it keeps a running state (convolution, recurrence) and no keys "
+                                "and values, so that a decode step is not told from a prompt; phase='all' skips it")
+                return
             if phase == "prompt":
                 context.blocked("FX503", layer.path, "a prompt on an empty cache runs every layer")
                 return

@@ -251,7 +251,9 @@ def routed_layer(cache: Any, index: int, batch: int, device: torch.device, writt
 
 
 def _refuse_late(cache: Any, index: int, seen: int, written: int) -> None:
-    before = int(cache.layers[0].get_seq_length()) - written if index else seen
+    # Of a hybrid model, layers of a convolution or a recurrence know no length.
+    earlier = next((layer for layer in cache.layers[:index] if hasattr(layer, "get_seq_length")), None)
+    before = seen if earlier is None else int(earlier.get_seq_length()) - written
     if seen != before:
         raise SettingError(
             f"this cache was filled while layer {index} was not routed by its predictor ({seen} of {before} tokens "
@@ -281,7 +283,7 @@ def ready(cache: Any, rows: Mapping[int, Rows], batch: int, tokens: int) -> None
 
 
 def _cells(cache: Any) -> int:
-    lengths = [layer.max_cache_len for layer in cache.layers if not layer.is_sliding]
+    lengths = [layer.max_cache_len for layer in cache.layers if not getattr(layer, "is_sliding", True)]
     lengths += [layer.max_cache_len for layer in cache.layers if getattr(layer, "routed", False)]
     if not lengths:
         raise SettingError(

@@ -174,10 +174,11 @@ class Call:
                 f"mixture of depths cannot cut a {type(mask).__name__} to the selected tokens; load the model with "
                 "attn_implementation='sdpa'."
             )
-        if mask is not None and (mask.ndim == 3 or (mask.ndim == 2 and mask.shape[0] != self.stream.shape[0])):
+        if mask is not None and not _is_mask(mask, self.stream):
             raise SettingError(
                 f"mixture of depths reads padding from a mask [batch or 1, heads or 1, sequence, sequence] (True: "
-                f"visible) or [batch, sequence]; this layer is given {_describe(mask)}."
+                f"visible, or numbers that are added) or [batch, sequence]; this layer is given {_describe(mask)} for "
+                f"a stream {list(self.stream.shape)}."
             )
         return mask
 
@@ -207,6 +208,14 @@ class Call:
         return stream, (stream, *args), kwargs
 
 
+def _is_mask(mask: Tensor, stream: Tensor) -> bool:
+    batch, length = stream.shape[:2]
+    if mask.ndim == 2:
+        return mask.shape[0] == batch
+    numbers = mask.dtype == torch.bool or mask.is_floating_point()
+    return mask.ndim == 4 and numbers and mask.shape[2] == length and mask.shape[3] >= length
+
+
 def _cut(name: str, value: Any, selection: Selection, keys: Keys | None) -> Any:
     if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
         cut = [_cut(name, v, selection, keys) for v in value]
@@ -215,7 +224,7 @@ def _cut(name: str, value: Any, selection: Selection, keys: Keys | None) -> Any:
         return value
     batch, length = selection.places.shape[0], selection.length
     if any(part in name for part in _MASK_NAMES) or (value.dtype == torch.bool and value.ndim == 4):
-        return _cut_mask(value, selection, keys)
+        return _cut_mask(name, value, selection, keys)
     along = value.ndim >= 2 and value.shape[1] == length and (value.shape[0] == 1 or value.shape[0] == batch)
     if any(part in name for part in _ROW_NAMES) and "cache" not in name:
         if along:
@@ -233,11 +242,17 @@ def _cut(name: str, value: Any, selection: Selection, keys: Keys | None) -> Any:
     return value
 
 
-def _cut_mask(mask: Tensor, selection: Selection, keys: Keys | None) -> Tensor:
+def _cut_mask(name: str, mask: Tensor, selection: Selection, keys: Keys | None) -> Tensor:
     index, valid = selection.places, selection.valid
     if mask.ndim == 2:
         mask = rows(mask, index)
         return mask if valid is None else mask * valid
+    if mask.ndim != 4 or mask.shape[2] != selection.length:
+        raise SettingError(
+            "mixture of depths cuts masks and position biases [batch or 1, heads or 1, sequence, sequence] to the "
+            f"selected tokens; the argument {name or 'without a name'} of this layer is {_describe(mask)}, for "
+            f"{selection.length} tokens. ALiBi models give it in this form; route one with rotary or learned positions."
+        )
     batch, count = index.shape
     heads, width = mask.shape[1], mask.shape[3]
     fixed = keys is not None and keys.first is None

@@ -54,9 +54,10 @@ class SkipInDecode(WrappedLayer):
         cache, name = _find_cache(args, kwargs)
         filled = cache is not None and _filled(cache, self.index)
         if filled and hidden.shape[1] == 1:
-            kept = cache.layers[self.index].keys
-            empty = kept.new_zeros(kept.shape[0], kept.shape[1], 1, kept.shape[3])
-            cache.update(empty, empty, self.index)
+            kept = cache.layers[self.index]
+            # Each with its own width: they differ in multi-head latent attention.
+            keys, values = (t.new_zeros(*t.shape[:2], 1, t.shape[3]) for t in (kept.keys, kept.values))
+            cache.update(keys, values, self.index)
             result = torch.zeros_like(hidden) if self.zero else hidden
             return (result, *[None] * (self._tuple_length - 1)) if self._tuple_length else result
         if filled:
@@ -86,9 +87,9 @@ def _find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str
 
 
 def _filled(cache: Any, index: int) -> bool:
-    return (
-        len(cache.layers) > index and bool(cache.layers[index].is_initialized) and int(cache.get_seq_length(index)) > 0
-    )
+    """Whether this layer of the cache holds keys and values; one of a running state alone never does."""
+    layer = cache.layers[index] if len(cache.layers) > index else None
+    return bool(getattr(layer, "is_initialized", False)) and int(cache.get_seq_length(index)) > 0
 
 
 def skip_in_decode(layer: nn.Module, index: int) -> nn.Module:

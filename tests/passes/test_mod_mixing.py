@@ -99,3 +99,15 @@ def test_attention_and_sums_over_channels_are_routed(eager_lowering, mix, traini
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs), expected, rtol=1e-5, atol=1e-5)
     assert fxopt.report(model).count("mixture_of_depths") == 1
+
+
+@pytest.mark.filterwarnings("ignore:mixture of depths. the predictor")
+def test_a_mask_of_whole_numbers_is_refused():
+    """As an encoder that is not marked as one hands it to its layers (DeBERTa)."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DebertaConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )
+    model = MixtureOfDepths(capacity=0.5)(transformers.DebertaForMaskedLM(config).eval())
+    with pytest.raises(SettingError, match=r"torch\.int64 for a stream \[2, 8, 64\]"):
+        model(torch.ones(2, 8, dtype=torch.int64), attention_mask=torch.ones(2, 8, dtype=torch.int64))
