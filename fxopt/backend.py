@@ -21,6 +21,7 @@ from fxopt.kernel_plan import record_kernels_here
 from fxopt.options import Setting, Settings, parse_options
 from fxopt.passes import inputs, order, state
 from fxopt.passes.context import PassContext
+from fxopt.passes.layers import NOTHING_REPEATED
 from fxopt.passes.provenance import (
     inner_graphs,
     module_stack,
@@ -246,9 +247,12 @@ def run_pass(
             raise PassError(f"strict: {message}")
         if technique.exact:  # the results are the same; the remark is enough
             return context
+        # A model that breaks into several graphs has fragments without layers: one warning for all of them.
+        fragment = first.code == NOTHING_REPEATED
+        runs = "This graph runs without it, the report speaks of each" if fragment else "The model runs without it"
         warn_once(
-            f"fxopt: {message}. The model runs without it; disable=({technique.name!r},) silences this, strict=True "
-            "raises."
+            f"fxopt: {message}. {runs}; disable=({technique.name!r},) silences this, strict=True raises.",
+            about=f"{record.owner} {technique.name} {first.code}" if fragment else "",
         )
     return context
 
@@ -296,10 +300,10 @@ def _adopt_plain_nodes(graph: fx.Graph, rewriter: Rewriter) -> None:
 _warned: set[str] = set()
 
 
-def warn_once(message: str) -> None:
-    """One warning per message and process."""
-    if message not in _warned:
-        _warned.add(message)
+def warn_once(message: str, about: str = "") -> None:
+    """One warning per message and process, or per `about` where several messages say the same."""
+    if (about or message) not in _warned:
+        _warned.add(about or message)
         warnings.warn(message, UserWarning, stacklevel=2)
 
 

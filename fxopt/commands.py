@@ -275,6 +275,8 @@ def model_from_config(path: pathlib.Path | None, as_stored: bool = False) -> Any
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     except ImportError:
         fail("configs are read with transformers: pip install 'fxopt[hf]'")
+    if path is not None and path.suffix == ".json" and not path.exists():  # the hub would be asked for it, in vain
+        fail(f"{path} is no model config: there is no such file")
     try:
         config = AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:

@@ -21,6 +21,8 @@ from fxopt.passes import cache_rows
 from fxopt.passes.context import PassContext
 from fxopt.passes.layers import Layer, Part, Stack
 from fxopt.passes.mod_reference import ROUTED
+from fxopt.passes.modules import ATTENTION
+from fxopt.passes.provenance import module_path
 from fxopt.passes.rewriter import Rewriter, is_view, writes_in_place
 
 
@@ -109,6 +111,26 @@ def phase_of(layer: Layer) -> str:
         return "prompt"
     length = value(layer.input).shape[-2]
     return "decode" if isinstance(length, int) and length == 1 else "continuation"
+
+
+def beside_attention(layer: Layer, parts: Sequence[Part]) -> str:
+    """The module that multiplies in a part of the layer beside one that attends (a recurrence, an MLP); empty without.
+
+    Where both are summed before they join the residual stream, the part is both.
+    """
+    own, waiting = set(layer.nodes), [part.branch for part in parts]
+    seen = {layer.input, *(part.stream for part in parts)}
+    paths = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node not in own:
+            continue
+        seen.add(node)
+        waiting += node.all_input_nodes
+        if getattr(node.target, "__name__", "") in ("linear", "addmm"):
+            paths.add(module_path(node).removeprefix(layer.path + "."))
+    others = sorted(path for path in paths if path and not ATTENTION.search(path))
+    return others[0] if others and len(others) < len(paths) else ""
 
 
 def keeps_running_state(layer: Layer) -> bool:

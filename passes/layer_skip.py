@@ -287,6 +287,11 @@ class LayerSkip(Technique):
             if not parts:
                 context.missed("FX113", layer.path, f"no residual addition of its {self.part} part was found")
                 return
+            beside = depth.beside_attention(layer, parts) if self.part == "attention" else ""
+            if beside:
+                message = f"{beside} is added together with its attention; part='layer' skips both"
+                context.blocked("FX113", layer.path, message)
+                return
         if self.phase == "decode":
             original.needed_for_empty_cache(layer, stack)
         if self.part == "layer":

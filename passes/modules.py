@@ -14,6 +14,8 @@ from torch import nn
 
 _CONFIG_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
                   "decoder_layers")  # fmt: skip
+ATTENTION = re.compile("attn|attention", re.IGNORECASE)
+"""In the names of modules that attend."""
 _LAYER_NUMBERS = ("layer_idx", "layer_id")
 """Where modules of Hugging Face keep their number in the stack, which picks their row of the cache."""
 
@@ -32,13 +34,16 @@ class ModuleStack:
 
 
 def module_stacks(model: nn.Module) -> list[ModuleStack]:
-    """The outermost ModuleLists of `model` that hold layers: modules of one kind that contain modules themselves."""
+    """The outermost ModuleLists of `model` that hold layers: modules of one kind that contain modules themselves.
+
+    Of a model in stages (Swin), whose outermost list is one of stages, each stage's list of layers is a stack.
+    """
     found: list[ModuleStack] = []
     for path, module in model.named_modules():
         if any(path == s.path or path.startswith(s.path + ".") for s in found):
             continue
         for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and _holds_layers(child):
+            if isinstance(child, nn.ModuleList) and _holds_layers(child) and not all(map(_is_stage, child)):
                 found.append(ModuleStack(f"{path}.{name}" if path else name, module, name, child))
     return found
 
@@ -49,6 +54,12 @@ def _holds_layers(container: nn.ModuleList) -> bool:
         sum(1 for m in layer.modules() if next(m.parameters(recurse=False), None) is not None) >= 3
         for layer in container
     )
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a module holds a list of layers with an attention each; experts, which layers hold, have none."""
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and _holds_layers(m)]
+    return any(all(any(ATTENTION.search(name) for name, _ in layer.named_modules()) for layer in m) for m in lists)
 
 
 class WrappedLayer(nn.Module):

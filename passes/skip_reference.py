@@ -6,15 +6,12 @@ say: a part of a layer that contributes nothing, and a layer that is skipped in 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxopt.passes.modules import WrappedLayer
-
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+from fxopt.passes.modules import ATTENTION, WrappedLayer
 
 
 class _Cache:
@@ -99,7 +96,7 @@ def skip_in_decode(layer: nn.Module, index: int) -> nn.Module:
 
 def zero_part(layer: nn.Module, part: str, index: int, *, only_decode: bool) -> nn.Module:
     """`layer` with its ``"attention"`` or ``"mlp"`` contributing zero to the residual stream; changed in place."""
-    attentions = [(name, child) for name, child in _blocks(layer) if _ATTENTION.search(name)]
+    attentions = [(name, child) for name, child in _blocks(layer) if ATTENTION.search(name)]
     if part == "attention":
         for name, child in attentions:
             if only_decode:
@@ -154,7 +151,7 @@ def _blocks(layer: nn.Module) -> list[tuple[str, nn.Module]]:
         if not name or any(name.startswith(f + ".") for f, _ in found):
             continue
         leaf = name.rpartition(".")[2]
-        if _ATTENTION.search(leaf) and "norm" not in leaf.lower() and any(_is_projection(m) for m in module.modules()):
+        if ATTENTION.search(leaf) and "norm" not in leaf.lower() and any(_is_projection(m) for m in module.modules()):
             found.append((name, module))
     return found
 

@@ -66,7 +66,7 @@ def test_plan_of_a_config_needs_no_weights(run, tmp_path):
     [
         (("bench", "overhed"), "suites:"),
         (("plan",), "one of the two"),
-        (("plan", "--model-config", "nowhere.json"), "no model config"),
+        (("plan", "--model-config", "nowhere.json"), "no such file"),
         (("inspect", "--view", "explain", "--code", "FX999"), "no reason code"),
     ],
 )

@@ -90,6 +90,35 @@ def test_a_running_state_is_no_cache_of_keys_to_skip_in_decode(eager_lowering, n
     assert len([w for w in caught if "running state" in str(w.message)]) == 1
 
 
+def test_an_attention_that_is_summed_with_a_recurrence_is_not_taken_out_alone(eager_lowering):
+    model, technique = built("falcon_h1"), LayerSkip(skip=(0,), part="attention")
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=MASK).logits
+        fxopt.compile(model, technique)
+        with pytest.warns(UserWarning, match="mamba.* is added together with its attention"):
+            found = model(IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(found, expected)
+    assert ("blocked", "FX113") in statuses(model, "layer_skip")
+
+
+@pytest.mark.parametrize("skip", [(0,), (1,)])
+def test_layers_of_stages_are_counted_in_each_stage(eager_lowering, skip):
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=5
+    )
+    torch.manual_seed(0)
+    model = transformers.SwinForImageClassification(config).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    technique = LayerSkip(skip=skip)
+    with torch.no_grad():
+        whole = model(pixels).logits
+        expected = fxopt.reference(model, technique)(pixels).logits
+        fxopt.compile(model, technique, strict=True)
+        torch.testing.assert_close(model(pixels).logits, expected)
+    assert not torch.allclose(whole, expected)
+    assert fxopt.report(model).count("layer_skip", "applied") == 2
+
+
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_keys_and_values_of_different_width_are_skipped_in_decode(eager_lowering, cache):
     model, technique = built("deepseek_v3"), LayerSkip(skip=(1,), phase="decode")

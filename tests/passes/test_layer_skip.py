@@ -12,6 +12,8 @@ from torch import nn
 
 import fxopt
 from fxopt import LayerSkip, SettingError
+from fxopt.backend import Backend
+from fxopt.options import Settings
 from fxopt.testing import TINY, Handwritten
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8, 61]])
@@ -333,6 +335,18 @@ def test_no_layers_is_one_warning_and_the_model_runs(eager_lowering):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model(x), expected)
+
+
+def test_fragments_without_layers_are_one_warning(eager_lowering):
+    model, x = Funnel(), torch.randn(2, 64)
+    backend = Backend(Settings.build({"layer_skip": LayerSkip(skip=(1,))}), model)
+    with pytest.warns(UserWarning, match="FX112.*This graph runs without it") as caught:
+        for block in model.blocks:  # what Dynamo makes of a forward that it cannot follow
+            x = torch.compile(block, backend=backend)(x)
+    assert len([w for w in caught if "FX112" in str(w.message)]) == 1
+    codes = [r.code for record in fxopt.reports() for r in record.remarks if r.technique == "layer_skip"]
+    assert set(codes) == {"FX112"}
+    assert len(codes) >= 3
 
 
 def test_no_layers_is_an_error_under_strict(eager_lowering):
