@@ -26,7 +26,7 @@ SHAPES = {
 }  # fmt: skip
 """[N, K] by name."""
 TURNED = {"GPT-2 up", "GPT-2 down"}
-"""Those whose weight is stored [K, N]; Inductor packs no copy of one."""
+"""Those whose weight is stored [K, N]."""
 ROWS = (1, 2, 4, 8, 16, 24)
 LIBRARY, PACKED, OWN = "library", "Inductor, packed", "cpu_linear"
 COLD = 128 << 20
