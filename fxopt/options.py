@@ -33,13 +33,7 @@ def as_technique(name: str, value: Any) -> Technique | None:
                 f"option {name!r}: True needs defaults for every field of {cls.__name__}: {error}"
             ) from None
     if isinstance(value, Mapping):
-        fields = [field.name for field in dataclasses.fields(cls)]
-        for key in value:
-            if key not in fields:
-                raise SettingError(
-                    f"option {name!r} has no field {key!r}; {cls.__name__} has {', '.join(fields) or 'no fields'}."
-                    f"{nearest(key, fields)}"
-                )
+        cls.check_fields(value, f"option {name!r}: ")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
     if isinstance(value, cls):
         return value

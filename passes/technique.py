@@ -16,8 +16,8 @@ import functools
 import hashlib
 import inspect
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
@@ -89,6 +89,22 @@ class Technique:
 
     registry: ClassVar[dict[str, type[Technique]]] = {}
     _known: ClassVar[weakref.WeakValueDictionary[str, Technique]] = weakref.WeakValueDictionary()
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        if "__dataclass_fields__" in vars(cls):  # else its own __init__ says what it takes
+            cls.check_fields(given)
+        return super().__new__(cls)
+
+    @classmethod
+    def check_fields(cls, given: Iterable[str], place: str = "") -> None:
+        """Raise :class:`SettingError` for a name that is no field; `place` says where it stood."""
+        fields = [field.name for field in dataclasses.fields(cls) if field.init]
+        for name in given:
+            if name not in fields:
+                raise SettingError(
+                    f"{place}{cls.__name__} has no field {name!r}; it has {', '.join(fields) or 'none'}."
+                    f"{nearest(name, fields)}"
+                )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -24,8 +24,8 @@ IDS = torch.tensor([[5, 17, 3, 99, 42, 8, 61]])
     [
         ({"layerskip": True}, None, "Did you mean 'layer_skip'"),
         ({"layer_skip": {"skp": (1,)}}, None, "Did you mean 'skip'"),
-        ({"layer_skip": {"skp": (1,)}}, None, "LayerSkip has skip, keep, speedup"),
-        ({"cpu_linear": {"name": "x"}}, None, "has no field 'name'; CpuLinear has no fields."),
+        ({"layer_skip": {"skp": (1,)}}, None, "LayerSkip has no field 'skp'; it has skip, keep, speedup"),
+        ({"cpu_linear": {"name": "x"}}, None, "option 'cpu_linear': CpuLinear has no field 'name'; it has none"),
         ({"layer_skip": 3}, None, "takes a LayerSkip"),
         ({"disable": None}, None, "not None (NoneType)"),
         ({"disable": 3}, None, "disable takes names of passes"),
@@ -295,3 +295,21 @@ def test_a_decorated_module_that_never_runs_leaves_the_rest_alone(eager_lowering
     expected = model(IDS)
     assert torch.equal(fxopt.compile(model)(IDS), expected)
     assert fxopt.report(model).count("layer_skip") == 0
+
+
+def test_a_misspelt_field_of_a_constructor():
+    with pytest.raises(SettingError, match=r"LayerSkip has no field 'skp'; it has skip, .* Did you mean 'skip'"):
+        LayerSkip(skp=(1,))
+
+
+def test_a_technique_with_an_init_of_its_own_says_itself_what_it_takes():
+    class Own(LayerSkip):
+        name = "own_init_for_a_test"
+
+        def __init__(self, layers):
+            super().__init__(skip=layers)
+
+    try:
+        assert Own(layers=(1,)).skip == (1,)
+    finally:
+        del LayerSkip.registry["own_init_for_a_test"]
