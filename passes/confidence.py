@@ -191,9 +191,13 @@ def traced(function: Callable[..., Any], inputs: Sequence[fx.Node | None]) -> fx
     except (fx.proxy.TraceError, TypeError) as error:
         raise SettingError(
             f"{getattr(function, '__qualname__', function)} cannot be traced into the graph: {error}. Write it as "
-            "plain "
-            "PyTorch on tensors, without `if` on values or sizes."
+            "plain PyTorch on tensors, without `if` on values or sizes."
         ) from error
+    if not all(isinstance(part, fx.Proxy) for part in (result if isinstance(result, tuple) else (result,))):
+        raise SettingError(
+            f"{getattr(function, '__qualname__', function)} returns {result!r} ({type(result).__name__}); it has to "
+            "return a tensor that it computes from its arguments, such as logits.amax(-1)."
+        )
     graph.output(fx.map_arg(_nodes(result), lambda n: n))
     return graph
 

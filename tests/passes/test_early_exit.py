@@ -361,6 +361,14 @@ def test_bad_settings_are_refused_at_once(fields, said):
         EarlyExit(**{"layers": (1,), **fields})
 
 
+@pytest.mark.parametrize("returned", [0.5, "sure", torch.ones(2), (1, 2)])
+def test_a_confidence_that_computes_nothing_is_refused(returned):
+    state = torch.fx.Graph().placeholder("logits")
+    with pytest.raises(SettingError, match="has to return a tensor that it computes from its arguments"):
+        measures.traced(lambda logits: returned, [state])
+    assert len(measures.traced(lambda logits: logits.amax(-1), [state]).nodes) == 3
+
+
 def test_exit_after_the_last_layer_is_refused():
     with pytest.raises(SettingError, match="counts run from 1 to 2"):
         fxopt.compile(sharp(), EarlyExit(layers=(3,)))
