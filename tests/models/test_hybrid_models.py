@@ -90,15 +90,20 @@ def test_a_running_state_is_no_cache_of_keys_to_skip_in_decode(eager_lowering, n
     assert len([w for w in caught if "running state" in str(w.message)]) == 1
 
 
-def test_an_attention_that_is_summed_with_a_recurrence_is_not_taken_out_alone(eager_lowering):
+def test_an_attention_that_is_summed_with_a_recurrence_is_taken_out_alone_or_not_at_all(eager_lowering):
+    """transformers 5.17 adds the two in an order that shows which is which, 5.23 does not."""
     model, technique = built("falcon_h1"), LayerSkip(skip=(0,), part="attention")
-    with torch.no_grad():
-        expected = model(IDS, attention_mask=MASK).logits
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        whole = model(IDS, attention_mask=MASK).logits
+        alone = fxopt.reference(model, technique)(IDS, attention_mask=MASK).logits
         fxopt.compile(model, technique)
-        with pytest.warns(UserWarning, match="mamba.* is added together with its attention"):
-            found = model(IDS, attention_mask=MASK).logits
-    torch.testing.assert_close(found, expected)
-    assert ("blocked", "FX113") in statuses(model, "layer_skip")
+        found = model(IDS, attention_mask=MASK).logits
+    taken = ("applied", "") in statuses(model, "layer_skip")
+    torch.testing.assert_close(found, alone if taken else whole)
+    told = [w for w in caught if "mamba" in str(w.message) and "added together with its attention" in str(w.message)]
+    assert len(told) == (not taken)
+    assert taken or ("blocked", "FX113") in statuses(model, "layer_skip")
 
 
 @pytest.mark.parametrize("skip", [(0,), (1,)])
@@ -128,7 +133,9 @@ def test_keys_and_values_of_different_width_are_skipped_in_decode(eager_lowering
     assert ("applied", "") in statuses(model, "layer_skip")
 
 
-@pytest.mark.parametrize("name", ["mamba2", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize("name", [
+    "lfm2", *(pytest.param(name, marks=pytest.mark.branches_write) for name in ("mamba2", "qwen3_next")),
+])  # fmt: skip
 def test_an_exit_fills_running_states_as_the_reference_does(eager_lowering, name):
     model, technique = built(name), EarlyExit(layers=(1,), confidence="max", threshold=0.0)
     expected = generated(fxopt.reference(model, technique), "dynamic")
