@@ -38,9 +38,10 @@ def test_kernels_of_a_decoder_layer(target, batch):
     assert gemms(own) == (["gemv"] if batch == 1 else ["flat_gemm"]) * 4
     assert stock.count("mm") == 7
     assert len([name for name in own if name.startswith("fxopt.")]) == 1, "the attention, whose kernels the library has"
-    # Keys, values and queries are rotated and written by one kernel; Hugging Face's cache counts in one of its own.
-    assert len(own) == 7
-    assert len(stock) == 17
+    # Keys, values and queries are rotated and written by one kernel; Hugging Face's cache counts in one of its own,
+    # which torch 2.15 combines too. Stock launches 17 on torch 2.13 and 20 on 2.11.
+    assert len(own) <= 7
+    assert len(own) <= 0.6 * len(stock)
 
 
 @pytest.mark.slow
