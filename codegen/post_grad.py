@@ -79,15 +79,14 @@ def digest() -> str:
     return found.hexdigest()
 
 
+def nodes_of(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a graph and of the graphs that it holds, such as branches of a conditional."""
+    return [node for module in gm.modules() if isinstance(module, fx.GraphModule) for node in module.graph.nodes]
+
+
 def patches(gm: fx.GraphModule) -> dict[str, Lowering]:
     """Inductor settings for a graph that holds operators of fxopt: this pass in a free slot. Empty for other graphs."""
-    nodes = [
-        node
-        for module in gm.modules()
-        if isinstance(module, fx.GraphModule)
-        for node in module.graph.nodes
-        if _is_ours(node)
-    ]
+    nodes = [node for node in nodes_of(gm) if _is_ours(node)]
     if not nodes:
         return {}
     tables = frozenset(str(node.kwargs["tables"]) for node in nodes if "tables" in node.kwargs)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.codegen import post_grad
+
 KNOWN = frozenset({"aten", "prims", "prim", "fxopt"})
 """Namespaces of operators whose fake kernels are tested to give the strides that the real ones give."""
 COMBINED = {"combo_kernels": True, "benchmark_combo_kernel": True}
@@ -28,7 +30,7 @@ def beside_kernels(gm: fx.GraphModule) -> dict[str, Any]:
     """
     if torch.is_grad_enabled():
         return {}
-    nodes = [node for module in gm.modules() if isinstance(module, fx.GraphModule) for node in module.graph.nodes]
+    nodes = post_grad.nodes_of(gm)
     found: dict[str, Any] = {}
     if "TORCHINDUCTOR_SIZE_ASSERTS" not in os.environ and not any(_is_foreign(node.target) for node in nodes):
         found["size_asserts"] = False

@@ -27,11 +27,10 @@ def cache_inputs(layer: Layer) -> list[fx.Node]:
     only a window that moves along, joined from old and new rows, is a cache.
     """
     found: dict[fx.Node, None] = {}
-    joined = {
-        depth.base(n) for node in layer.nodes if _name(node) in ("cat", "concat", "roll") for n in node.all_input_nodes
-    }
+    joining = (node for node in layer.nodes if op_name(node) in ("cat", "concat", "roll"))
+    joined = {depth.base(n) for node in joining for n in node.all_input_nodes}
     for node in layer.nodes:
-        name = _name(node)
+        name = getattr(node.target, "__name__", node.target)
         if writes_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
             candidates: list[Any] = [n for n in (depth.base(node),) if name != "copy_" or n in joined]
         elif name in ("cat", "concat"):
@@ -50,10 +49,6 @@ def cache_inputs(layer: Layer) -> list[fx.Node]:
             ):
                 found.setdefault(candidate)
     return list(found)
-
-
-def _name(node: fx.Node) -> Any:
-    return getattr(node.target, "__name__", node.target)
 
 
 def is_static(layer: Layer) -> bool:

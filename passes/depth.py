@@ -22,6 +22,7 @@ from fxopt.passes.context import PassContext
 from fxopt.passes.layers import Layer, Part, Stack
 from fxopt.passes.mod_reference import ROUTED
 from fxopt.passes.modules import ATTENTION
+from fxopt.passes.nodes import name_of
 from fxopt.passes.provenance import module_path
 from fxopt.passes.rewriter import Rewriter, is_view, writes_in_place
 
@@ -127,7 +128,7 @@ def beside_attention(layer: Layer, parts: Sequence[Part]) -> str:
             continue
         seen.add(node)
         waiting += node.all_input_nodes
-        if getattr(node.target, "__name__", "") in ("linear", "addmm"):
+        if name_of(node) in ("linear", "addmm"):
             paths.add(module_path(node).removeprefix(layer.path + "."))
     others = sorted(path for path in paths if path and not ATTENTION.search(path))
     return others[0] if others and len(others) < len(paths) else ""
@@ -138,8 +139,12 @@ def keeps_running_state(layer: Layer) -> bool:
     recurrence's state, which does not say whether anything was seen."""
     if value(layer.input).shape[-2] != 1 or cache_rows.cache_inputs(layer):
         return False
-    written = (base(n) for n in layer.nodes if writes_in_place(n) and n.args and isinstance(n.args[0], fx.Node))
-    return any(n.op == "placeholder" and value(n).is_floating_point() for n in written)
+    return any(n.op == "placeholder" and value(n).is_floating_point() for n in _written(layer))
+
+
+def _written(layer: Layer) -> set[fx.Node]:
+    """What the nodes of a layer write in place."""
+    return {base(n) for n in layer.nodes if writes_in_place(n) and n.args and isinstance(n.args[0], fx.Node)}
 
 
 def refusal(layer: Layer) -> Refusal | None:
@@ -228,7 +233,7 @@ def _put_stand_ins(layer: Layer, rewriter: Rewriter) -> None:
     A recurrence's state, which the next call writes in place, gets its memory.
     """
     inside = set(layer.nodes)
-    written = {base(n) for n in layer.nodes if writes_in_place(n) and n.args and isinstance(n.args[0], fx.Node)}
+    written = _written(layer)
     depends = forward_slice([layer.input], inside)
     for node in layer.nodes:
         readers = [user for user in node.users if user not in inside]

@@ -302,6 +302,18 @@ def prologues(draw, dtype):
     return replace(drawn, extras=tuple(e for e in extras if e.name in read))
 
 
+def check_near(fused, m, config):
+    """One output of a group at m rows, against float64 and against what eager rounds."""
+    x, weights, extras = operands(fused, m)
+    (found,) = run(fused, x, weights, extras, config)
+    (exact,) = reference(fused, x.double(), wide(weights), wide(extras), exact=True)
+    (eager,) = reference(fused, x, weights, extras)
+    scale = exact.abs().max().clamp_min(1.0)
+    off, peer = (found.double() - exact).abs().max(), (eager.double() - exact).abs().max()
+    # Eager rounds after every node and the kernel once, so the kernel is as near, but for luck with a single rounding.
+    assert off <= 2 * peer + (5e-3 if fused.dtype == "float16" else 1e-5) * scale, (fused, off, peer)
+
+
 @settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data(), st.sampled_from(["float16", "float32"]), st.sampled_from(NORMS), st.sampled_from(list(CONFIGS)))
 def test_random_prologues(data, dtype, norm, family):
@@ -309,14 +321,7 @@ def test_random_prologues(data, dtype, norm, family):
     m = data.draw(st.sampled_from([1, 3, 17]))
     fused = FusedLinear(dtype, 34, (21,), residual(dtype), norm, before)
     assert FusedLinear.decode(fused.encode()) == fused
-    x, weights, extras = operands(fused, m)
-    (found,) = run(fused, x, weights, extras, CONFIGS[family](m))
-    (exact,) = reference(fused, x.double(), wide(weights), wide(extras), exact=True)
-    (eager,) = reference(fused, x, weights, extras)
-    scale = exact.abs().max().clamp_min(1.0)
-    off, peer = (found.double() - exact).abs().max(), (eager.double() - exact).abs().max()
-    # Eager rounds after every node and the kernel once, so the kernel is as near, but for luck with a single rounding.
-    assert off <= 2 * peer + (5e-3 if dtype == "float16" else 1e-5) * scale, (fused, off, peer)
+    check_near(fused, m, CONFIGS[family](m))
 
 
 ONE_INPUT = sorted(name for name, op in OPERATIONS.items() if op.arity == 1 and not op.takes_boolean)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
-from interpreted_gemm import CONFIGS, Traffic, operands, prologues, residual, wide
+from interpreted_gemm import CONFIGS, Traffic, check_near, operands, prologues, residual, wide
 from torch import fx
 
 from fxopt.codegen import roofline
@@ -157,13 +157,7 @@ def test_random_statistics(data, dtype, family):
         return
     m = data.draw(st.sampled_from([1, 3, 17]))
     fused = FusedLinear(dtype, 34, (21,), residual(dtype), None, before)
-    x, weights, extras = operands(fused, m)
-    (found,) = run(fused, x, weights, extras, CONFIGS[family](m))
-    (exact,) = reference(fused, x.double(), wide(weights), wide(extras), exact=True)
-    (eager,) = reference(fused, x, weights, extras)
-    scale = exact.abs().max().clamp_min(1.0)
-    off, peer = (found.double() - exact).abs().max(), (eager.double() - exact).abs().max()
-    assert off <= 2 * peer + (5e-3 if dtype == "float16" else 1e-5) * scale, (fused, off, peer)
+    check_near(fused, m, CONFIGS[family](m))
 
 
 @pytest.mark.parametrize("family", ["gemv", "flat", "swap"])
