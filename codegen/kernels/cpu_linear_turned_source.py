@@ -29,10 +29,11 @@ using Stored = {stored};
 BODY = """
 constexpr int64_t STRIDE = WIDE * LANES;
 
-// sums [rows, columns] += x[:, k..k + count] @ w[k..k + count, :]; `count` is STEPS, or 1 for what is left.
+// sums [rows, columns] += x[:, k..k + count] @ w[k..k + count, :], rows of sums `apart` from each other; `count` is
+// STEPS, or 1 for what is left.
 template <int count>
 static inline void steps(const float* x, int64_t x_stride, const Stored* w, int64_t w_stride, int64_t rows,
-                         int64_t columns, float* sums) {
+                         int64_t columns, int64_t apart, float* sums) {
   int64_t n = 0;
   for (; n + STRIDE <= columns; n += STRIDE) {
     Vec own[count][WIDE];
@@ -43,7 +44,7 @@ static inline void steps(const float* x, int64_t x_stride, const Stored* w, int6
       for (int v = 0; v < WIDE; v++) own[j][v] = load(w + j * w_stride + n + v * LANES);
     }
     for (int64_t r = 0; r < rows; r++) {
-      float* const out = sums + r * COLUMNS + n;
+      float* const out = sums + r * apart + n;
       Vec added[WIDE];
 #pragma GCC unroll 8
       for (int v = 0; v < WIDE; v++) added[v] = load(static_cast<const float*>(out + v * LANES));
@@ -59,7 +60,7 @@ static inline void steps(const float* x, int64_t x_stride, const Stored* w, int6
   }
   for (; n < columns; n++)
     for (int64_t r = 0; r < rows; r++)
-      for (int j = 0; j < count; j++) sums[r * COLUMNS + n] += x[r * x_stride + j] * number(w[j * w_stride + n]);
+      for (int j = 0; j < count; j++) sums[r * apart + n] += x[r * x_stride + j] * number(w[j * w_stride + n]);
 }
 
 void kernel(const float* x, const Stored* weight, const Stored* bias, Stored* out, int64_t rows, int64_t width,
@@ -70,21 +71,21 @@ void kernel(const float* x, const Stored* weight, const Stored* bias, Stored* ou
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && tasks > 1)
   for (int64_t task = 0; task < tasks; task++) {
     const int64_t from = task * columns, here = std::min(columns, width - from);
-    std::vector<float> total(rows * COLUMNS, 0.0f), sums(rows * COLUMNS);
+    std::vector<float> total(rows * columns, 0.0f), sums(rows * columns);
     for (int64_t start = 0; start < depth; start += SEGMENT) {
       const int64_t end = std::min(depth, start + SEGMENT);
       std::fill(sums.begin(), sums.end(), 0.0f);
       int64_t k = start;
       for (; k + STEPS <= end; k += STEPS)
-        steps<STEPS>(x + k, x_stride, weight + k * w_stride + from, w_stride, rows, here, sums.data());
+        steps<STEPS>(x + k, x_stride, weight + k * w_stride + from, w_stride, rows, here, columns, sums.data());
       for (; k < end; k++)
-        steps<1>(x + k, x_stride, weight + k * w_stride + from, w_stride, rows, here, sums.data());
-      for (int64_t i = 0; i < rows * COLUMNS; i++) total[i] += sums[i];
+        steps<1>(x + k, x_stride, weight + k * w_stride + from, w_stride, rows, here, columns, sums.data());
+      for (int64_t i = 0; i < rows * columns; i++) total[i] += sums[i];
     }
     for (int64_t r = 0; r < rows; r++)
       for (int64_t n = 0; n < here; n++) {
         const float added = has_bias ? number(bias[from + n]) : 0.0f;
-        out[r * width + from + n] = stored(total[r * COLUMNS + n] + added);
+        out[r * width + from + n] = stored(total[r * columns + n] + added);
       }
   }
 }
